@@ -95,7 +95,7 @@ def estimate_tflop(case: Case) -> float:
     return megapixels * (resynthesis + TFLOP["resnet"])
 
 
-def measure_in_new_process(case: Case) -> dict[str, float] | None:
+def measure_case_in_new_process(case: Case) -> dict[str, float] | None:
     """Start a new process that measures a benchmark case (a task and its settings).
 
     Returns:
@@ -116,7 +116,7 @@ def measure_implementations_of_case(case: Case, rounds: int) -> tuple[str, ...]:
     best = {}
     for _ in range(rounds):
         for form in list_network_implementations(case):
-            result = measure_in_new_process(case._replace(form=form))
+            result = measure_case_in_new_process(case._replace(form=form))
             if result and (form not in best or result["seconds"] < best[form]["seconds"]):
                 best[form] = result
     cells = [f"{case.kind}, stage {case.stage}, {case.images} x {case.side}^2", case.precision]
@@ -138,8 +138,8 @@ def print_table_row(cells: tuple[str, ...]) -> None:
 
 def measure_and_print_rdn_speed(gpu: str) -> None:
     """Print the speed of RDN in bf16, and compare it with the measured speed of a matrix product in bf16."""
-    rdn = measure_in_new_process(Case("RDN alone", "here", "bf16", 0, 1024, 2, gpu, False))
-    product = measure_in_new_process(Case("matrix product", "here", "bf16", 0, GPU_MATRIX_SIDE, 1, gpu, False))
+    rdn = measure_case_in_new_process(Case("RDN alone", "here", "bf16", 0, 1024, 2, gpu, False))
+    product = measure_case_in_new_process(Case("matrix product", "here", "bf16", 0, GPU_MATRIX_SIDE, 1, gpu, False))
     if rdn and product:
         rdn_rate = 2 * TFLOP["rdn"] / rdn["seconds"]
         matrix_rate = 2 * GPU_MATRIX_SIDE**3 / 1e12 / product["seconds"]

@@ -52,12 +52,12 @@ def find_images(root: str) -> list[str]:
             pending += [path for path in paths if os.path.islink(path)]
             images += _select_images_of_folder(folder, names, left_out)
     if not images:
-        found = format_file_counts_by_reason(left_out) or "no files"
+        found = format_counts_by_reason(left_out) or "no files"
         suffixes = " ".join(IMAGE_SUFFIXES)
         raise UserError(f"no images in folder {make_printable(root)}: expected files ending in {suffixes}, got {found}")
     if left_out:
         text = "image folder %s: found %d images, left out %d other files or folders: %s"
-        logger.info(text, make_printable(root), len(images), left_out.total(), format_file_counts_by_reason(left_out))
+        logger.info(text, make_printable(root), len(images), left_out.total(), format_counts_by_reason(left_out))
     return sorted(images)
 
 
@@ -167,7 +167,7 @@ def _is_score_table(path: str) -> bool:
         return False
 
 
-def format_file_counts_by_reason(counts: Counter) -> str:
+def format_counts_by_reason(counts: Counter) -> str:
     """Format counts as text, such as "3 .heic, 1 hidden" for the counts {".heic": 3, "hidden": 1}."""
     parts = [f"{number} {make_printable(reason)}" for reason, number in counts.most_common(MOST_REASONS)]
     if len(counts) > MOST_REASONS:

@@ -16,7 +16,7 @@ from typing import NamedTuple, TextIO
 
 import numpy as np
 
-from data.folders import describe_picture_written_by_test_py, find_images, folder_contains, format_file_counts_by_reason
+from data.folders import describe_picture_written_by_test_py, find_images, folder_contains, format_counts_by_reason
 from utils.console import make_printable
 from utils.errors import UserError
 from utils.files import choose_unique_names
@@ -131,8 +131,8 @@ def list_labelled_images_in_tree(root: str, training: bool = False) -> list[Item
         logger.info(
             text,
             make_printable(root),
-            format_file_counts_by_reason(used),
-            format_file_counts_by_reason(left_out) or "none",
+            format_counts_by_reason(used),
+            format_counts_by_reason(left_out) or "none",
         )
     return sorted(items, key=lambda item: item.label == FAKE)  # a stable sort keeps the order within each class
 
@@ -173,7 +173,7 @@ def _choose_generator_name_in_tree(parents: Sequence[str], root: str) -> str:
 def _raise_error_for_tree_without_images(root: str, left_out: Counter) -> None:
     raise UserError(
         f"image tree {make_printable(root)} has no images that can be used"
-        f" ({format_file_counts_by_reason(left_out)}): expected images in folders GENERATOR/0_real and"
+        f" ({format_counts_by_reason(left_out)}): expected images in folders GENERATOR/0_real and"
         " GENERATOR/1_fake, or GENERATOR/nature and GENERATOR/ai; if the folders have other names, use --data-root-pos"
         " for real and --data-root-neg for fake images"
     )
@@ -403,13 +403,11 @@ def list_images_without_labels(paths: Sequence[str]) -> list[Item]:
         else:
             found.append(path)
     if left_out:
-        text = (
-            f"left out {left_out.total()} pictures that test.py has written: {format_file_counts_by_reason(left_out)}"
-        )
+        text = f"left out {left_out.total()} pictures that test.py has written: {format_counts_by_reason(left_out)}"
         if not found:
             raise UserError(
                 "no images are left: test.py itself has written all given files"
-                f" ({format_file_counts_by_reason(left_out)}); give other images"
+                f" ({format_counts_by_reason(left_out)}); give other images"
             )
         logger.info(text)
     unique = {}

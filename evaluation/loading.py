@@ -174,7 +174,7 @@ def check_image_settings_in_config(config: Mapping, name: str) -> Mapping:
     images = Fields(config.get("images"), name, "config.images")
     for key in ("crop_size", "resize"):
         images.get_integer_field(key, default=None)
-    if images.has_value("sides"):
+    if images.has_value_other_than_none("sides"):
         sides = images.values["sides"]
         is_pair = isinstance(sides, list | tuple) and len(sides) == 2
         if not (is_pair and all(is_integer_at_least(side, lowest=1) for side in sides)):

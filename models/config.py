@@ -32,12 +32,12 @@ def read_network_settings_of_config(checkpoint: Checkpoint, key: str) -> dict | 
         UserError: if the entry `key` of the config is not a dictionary, or contains a value of a wrong type.
     """
     config = read_config(checkpoint)
-    if not config.has_value(key):
+    if not config.has_value_other_than_none(key):
         return None
     part = config.get_nested_fields(key)
     return {
         "name": part.get_text_field("name"),
-        "args": part.get_keyword_arguments("args"),
+        "args": part.get_dict_of_keyword_arguments("args"),
         "scale": part.get_integer_field("scale", 1, default=None),
     }
 
@@ -64,7 +64,7 @@ def read_vgg_source_and_fingerprint(checkpoint: Checkpoint, key: str) -> dict | 
         a dict with the keys "source" and "fingerprint", or None if the config of the checkpoint has no entry `key`.
     """
     config = read_config(checkpoint)
-    if not config.has_value(key):
+    if not config.has_value_other_than_none(key):
         return None
     record = config.get_nested_fields(key)
     return {

@@ -87,7 +87,7 @@ def test_each_row_is_printed_before_the_next_row_is_measured(monkeypatch, capsys
 
 
 def test_the_benchmark_prints_a_dash_and_exits_with_status_1_if_a_measurement_fails(monkeypatch, capsys):
-    monkeypatch.setattr(program, "measure_in_new_process", lambda case: None)
+    monkeypatch.setattr(program, "measure_case_in_new_process", lambda case: None)
     assert program.main(["--quick"]) == 1
     assert capsys.readouterr().out.splitlines()[-1].count(" - ") == 6
 

@@ -179,17 +179,21 @@ def test_config_values_of_the_expected_type_are_returned():
         and fields.get_positive_number_field("rate") == 0.5
     )
     assert fields.get_text_field("name", ["rdn", "none"]) == "rdn"
-    assert fields.get_nested_fields("part").get_integer_field("scale") == 4 and fields.get_keyword_arguments(
+    assert fields.get_nested_fields("part").get_integer_field("scale") == 4 and fields.get_dict_of_keyword_arguments(
         "args"
     ) == {"depth": 2}
-    assert fields.has_value("count") and not fields.has_value("nothing") and not fields.has_value("absent")
+    assert (
+        fields.has_value_other_than_none("count")
+        and not fields.has_value_other_than_none("nothing")
+        and not fields.has_value_other_than_none("absent")
+    )
 
 
 def test_a_missing_config_value_gives_the_default_or_an_error_without_a_default():
     fields = Fields(VALUES, "some.pth", "config")
     for key in ("nothing", "absent"):
         assert fields.get_integer_field(key, default=7) == 7 and fields.get_number_field(key, default=None) is None
-        assert fields.get_nested_fields(key).values == {} and fields.get_keyword_arguments(key) == {}
+        assert fields.get_nested_fields(key).values == {} and fields.get_dict_of_keyword_arguments(key) == {}
         with expect_user_error("some.pth", f"config.{key}", "missing"):
             fields.get_integer_field(key)
     assert Fields(None, "some.pth").get_text_field("name", default="rdn") == "rdn"
@@ -205,7 +209,7 @@ def test_a_missing_config_value_gives_the_default_or_an_error_without_a_default(
         ("get_positive_number_field", -1.0, ()),
         ("get_text_field", 3, ()), ("get_text_field", "other", (["rdn"],)), ("get_text_field", b"rdn", ()),
         ("get_nested_fields", [1], ()), ("get_nested_fields", "x", ()),
-        ("get_keyword_arguments", {3: 4}, ()), ("get_keyword_arguments", {"a b": 1}, ()),
+        ("get_dict_of_keyword_arguments", {3: 4}, ()), ("get_dict_of_keyword_arguments", {"a b": 1}, ()),
     ],
 )  # fmt: skip
 def test_a_config_value_of_a_wrong_type_or_range_is_refused_in_one_line(method, value, limits):

@@ -32,7 +32,7 @@ def map_module_names_to_files() -> dict[str, Path]:
     return dict(zip(names, files, strict=True))
 
 
-def imported_modules(file: Path) -> set[str]:
+def list_imported_modules(file: Path) -> set[str]:
     """Return the names of all modules that a source file imports at the top level or inside functions."""
     found = set()
     for node in ast.walk(ast.parse(file.read_text())):
@@ -48,20 +48,20 @@ def get_package_of_module(module: str) -> str:
     return "programs" if module in PROGRAMS else module.split(".")[0]
 
 
-def project_imports() -> dict[str, set[str]]:
+def map_modules_to_imported_project_modules() -> dict[str, set[str]]:
     """Return a dict from the name of a module to the names of the project's modules that this module imports."""
     files = map_module_names_to_files()
-    return {name: imported_modules(file) & files.keys() - {name} for name, file in files.items()}
+    return {name: list_imported_modules(file) & files.keys() - {name} for name, file in files.items()}
 
 
 @pytest.mark.parametrize("module", sorted(map_module_names_to_files()))
 def test_a_module_imports_only_from_its_own_and_lower_packages(module):
-    imported = {get_package_of_module(other) for other in project_imports()[module]}
+    imported = {get_package_of_module(other) for other in map_modules_to_imported_project_modules()[module]}
     assert imported <= MAY_IMPORT[get_package_of_module(module)]
 
 
 def test_the_modules_have_no_import_cycle():
-    imports = project_imports()
+    imports = map_modules_to_imported_project_modules()
     # `from evaluation import metrics` is listed as an import of evaluation and of evaluation.metrics.
     # Imports of whole packages are removed, because evaluation/__init__.py imports modules of its own package
     for package in PACKAGES:

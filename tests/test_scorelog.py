@@ -44,7 +44,7 @@ def make_opened_score_writer(folder, items, settings=SETTINGS) -> ScoreWriter:
     return writer
 
 
-def finish_score_table_and_json_file(writer: ScoreWriter) -> None:
+def write_score_table_and_json_and_delete_partial_tables(writer: ScoreWriter) -> None:
     """Join all part files into the score table p.csv, write p.json, and remove the part files."""
     writer.write_table_from_partial_tables()
     writer.write_json_record_of_score_table({"metrics": None})
@@ -71,7 +71,7 @@ def test_rows_of_three_successive_score_writers_are_joined_into_one_score_table(
     assert read_logit_fake_column(tmp_path) == list(range(COUNT))
     # `write_table_from_partial_tables` keeps the part files, so a new ScoreWriter can join the part files again
     make_opened_score_writer(tmp_path, labelled_image_list).write_table_from_partial_tables()
-    finish_score_table_and_json_file(third)
+    write_score_table_and_json_and_delete_partial_tables(third)
     files = sorted(path.name for path in tmp_path.iterdir() if path.is_file())
     assert files == ["p.csv", "p.csv.x.csv.0.part", "p.json", "q.csv.0.part"]
 
@@ -79,7 +79,7 @@ def test_rows_of_three_successive_score_writers_are_joined_into_one_score_table(
 def test_a_finished_score_table_is_kept_without_overwrite_and_made_again_with_overwrite(tmp_path, labelled_image_list):
     writer = make_opened_score_writer(tmp_path, labelled_image_list)
     writer.write_rows(make_score_rows_by_image_index(labelled_image_list, range(COUNT)))
-    finish_score_table_and_json_file(writer)
+    write_score_table_and_json_and_delete_partial_tables(writer)
     assert not make_unopened_score_writer(tmp_path, labelled_image_list).start_partial_table(overwrite=False)
     again = make_unopened_score_writer(tmp_path, labelled_image_list)
     assert again.start_partial_table(overwrite=True)
@@ -96,14 +96,14 @@ def test_images_that_lack_a_score_or_a_required_residual_picture_are_scored_agai
         make_score_rows_by_image_index(labelled_image_list, range(COUNT - 1))
         | {COUNT - 1: Row(labelled_image_list[-1].path, error="unreadable")}
     )
-    finish_score_table_and_json_file(writer)
+    write_score_table_and_json_and_delete_partial_tables(writer)
     lacks_picture = np.isin(np.arange(COUNT), [2, 5])
     again = make_unopened_score_writer(tmp_path, labelled_image_list)
     assert again.start_partial_table(overwrite=False, without_picture=lacks_picture)
     missing = [2, 5, COUNT - 1]
     assert again.list_unscored_images(1).tolist() == missing
     again.write_rows(make_score_rows_by_image_index(labelled_image_list, missing))
-    finish_score_table_and_json_file(again)
+    write_score_table_and_json_and_delete_partial_tables(again)
     assert not any(read_table(tmp_path / "p.csv").errors)
     assert not make_unopened_score_writer(tmp_path, labelled_image_list).start_partial_table(overwrite=False)
 
@@ -187,7 +187,7 @@ def test_an_image_that_is_listed_twice_has_two_rows(tmp_path, labelled_image_lis
 def test_a_finished_score_table_whose_rows_were_changed_is_refused(tmp_path, labelled_image_list, change):
     writer = make_opened_score_writer(tmp_path, labelled_image_list)
     writer.write_rows(make_score_rows_by_image_index(labelled_image_list, range(COUNT)))
-    finish_score_table_and_json_file(writer)
+    write_score_table_and_json_and_delete_partial_tables(writer)
     heading, first, second, *others = (tmp_path / "p.csv").read_text().splitlines(keepends=True)
     rows = [second, first, *others] if change == "exchanged" else [first, *others]
     (tmp_path / "p.csv").write_text("".join([heading, *rows]))

@@ -47,7 +47,7 @@ def authors_checkpoint_folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def save_path_of_uninterrupted_scoring(detector_file, image_folder, tmp_path_factory):
+def path_of_uninterrupted_scores(detector_file, image_folder, tmp_path_factory):
     """Score nine images in one process without interruption. Return the value of --save_path."""
     path = tmp_path_factory.mktemp("whole") / "p"
     assert run_test_py(*make_arguments_of_test_py(detector_file, image_folder, path)) == 0
@@ -258,7 +258,7 @@ def two_runs_wrote_equal_csv_and_npy_files(path, uninterrupted_results) -> bool:
 
 @pytest.mark.parametrize(("number", "status"), [(9, -9), (signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_stopped_run_of_test_py_is_finished_by_two_processes_with_the_expected_table(
-    detector_file, image_folder, save_path_of_uninterrupted_scoring, tmp_path, capfd, number, status
+    detector_file, image_folder, path_of_uninterrupted_scores, tmp_path, capfd, number, status
 ):
     words = [str(a) for a in make_arguments_of_test_py(detector_file, image_folder, tmp_path / "p")]
     process = start_program(
@@ -277,7 +277,7 @@ def test_a_stopped_run_of_test_py_is_finished_by_two_processes_with_the_expected
     ]
     assert [wait_for_exit(run) for run in runs] == [0, 0]
     assert f"{done - 1} of {IMAGES} images are scored already" in (tmp_path / "log0").read_text()
-    table, expected = read_table(tmp_path / "p.csv"), read_table(f"{save_path_of_uninterrupted_scoring}.csv")
+    table, expected = read_table(tmp_path / "p.csv"), read_table(f"{path_of_uninterrupted_scores}.csv")
     assert np.allclose(table.logits, expected.logits, atol=1e-6)
     assert [os.path.abspath(path) for path in table.paths] == expected.paths
     assert [name for name in list_sorted_names_in_folder(tmp_path) if name.startswith((".", "p"))] == [
@@ -292,7 +292,7 @@ def test_a_stopped_run_of_test_py_is_finished_by_two_processes_with_the_expected
 
 
 def test_a_killed_run_of_test_py_that_is_resumed_writes_the_table_of_an_uninterrupted_run(
-    detector_file, image_folder, save_path_of_uninterrupted_scoring, tmp_path
+    detector_file, image_folder, path_of_uninterrupted_scores, tmp_path
 ):
     words = [str(a) for a in make_arguments_of_test_py(detector_file, image_folder, tmp_path / "p")]
     assert (
@@ -302,7 +302,7 @@ def test_a_killed_run_of_test_py_that_is_resumed_writes_the_table_of_an_uninterr
         == -9
     )
     assert run_test_py(*words) == 0
-    assert two_runs_wrote_equal_csv_and_npy_files(tmp_path / "p", save_path_of_uninterrupted_scoring)
+    assert two_runs_wrote_equal_csv_and_npy_files(tmp_path / "p", path_of_uninterrupted_scores)
 
 
 def test_an_image_that_was_replaced_is_scored_again(detector_file, image_folder, tmp_path):
@@ -328,7 +328,7 @@ runpy.run_path({program!r}, run_name="__main__")
 
 
 def test_two_processes_of_which_one_is_killed_and_restarted_write_the_table_of_one_process(
-    detector_file, image_folder, save_path_of_uninterrupted_scoring, tmp_path
+    detector_file, image_folder, path_of_uninterrupted_scores, tmp_path
 ):
     root = Path(__file__).parents[1]
     paths = [str(root), str(root / "tests")]
@@ -341,7 +341,7 @@ def test_two_processes_of_which_one_is_killed_and_restarted_write_the_table_of_o
     run = subprocess.run([sys.executable, *words], capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr
     assert "images are scored already" in run.stderr
-    assert two_runs_wrote_equal_csv_and_npy_files(tmp_path / "p", save_path_of_uninterrupted_scoring)
+    assert two_runs_wrote_equal_csv_and_npy_files(tmp_path / "p", path_of_uninterrupted_scores)
 
 
 def test_an_unfinished_score_table_of_another_detector_or_setting_is_refused_and_kept(
@@ -420,7 +420,7 @@ def test_each_perturbation_gets_a_score_table_and_a_restart_keeps_finished_table
 
 
 def test_test_py_applies_the_calibration_of_a_checkpoint_and_prints_its_thresholds(
-    image_folder, save_path_of_uninterrupted_scoring, tmp_path, shrink_resnet18, capfd
+    image_folder, path_of_uninterrupted_scores, tmp_path, shrink_resnet18, capfd
 ):
     calibration = {"temperature": 2.0, "t_real": 0.495, "t_fake": 0.505, "source": "val.csv"}
     detector = write_detector(tmp_path / "d", calibration=calibration)
@@ -428,7 +428,7 @@ def test_test_py_applies_the_calibration_of_a_checkpoint_and_prints_its_threshol
     out = capfd.readouterr().out
     assert "temperature 2)" in out
     assert "fake from P(fake) = 0.505 on, real up to 0.495, unsure between" in out
-    before, after = read_table(f"{save_path_of_uninterrupted_scoring}.csv"), read_table(tmp_path / "p.csv")
+    before, after = read_table(f"{path_of_uninterrupted_scores}.csv"), read_table(tmp_path / "p.csv")
     assert np.array_equal(before.logits, after.logits)
     assert np.allclose(after.prob_fake, 1 / (1 + np.exp(-before.logit_margins / 2)))
     not_fake = np.where(after.prob_fake <= 0.495, "real", "unsure")

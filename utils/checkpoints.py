@@ -209,13 +209,13 @@ class Fields:
             )
         self.values = values
 
-    def has_value(self, key: str) -> bool:
+    def has_value_other_than_none(self, key: str) -> bool:
         """Return whether `key` has a value other than None."""
         return self.values.get(key) is not None
 
     def get_integer_field(self, key: str, low: int = 0, high: float = math.inf, default: object = _REQUIRED) -> int:
         """Return the integer under `key`, which must be from `low` to `high`."""
-        if not self.has_value(key):
+        if not self.has_value_other_than_none(key):
             return self._get_default_of_missing_field(key, default)
         value = self.values[key]
         if not (_is_integer(value) and low <= value <= high):
@@ -226,7 +226,7 @@ class Fields:
         self, key: str, low: float = -math.inf, high: float = math.inf, default: object = _REQUIRED
     ) -> float:
         """Return the finite number under `key`, which must be from `low` to `high`."""
-        if not self.has_value(key):
+        if not self.has_value_other_than_none(key):
             return self._get_default_of_missing_field(key, default)
         value = self.values[key]
         is_number = _is_integer(value) or isinstance(value, float)
@@ -237,13 +237,13 @@ class Fields:
     def get_positive_number_field(self, key: str, default: object = _REQUIRED) -> float:
         """Return the finite number under `key`, which must be above 0."""
         value = self.get_number_field(key, 0, default=default)
-        if self.has_value(key) and value == 0:
+        if self.has_value_other_than_none(key) and value == 0:
             raise self._create_invalid_field_error(key, "a finite number above 0")
         return value
 
     def get_text_field(self, key: str, choices: Sequence[str] = (), default: object = _REQUIRED) -> str:
         """Return the text stored under `key`. If `choices` is not empty, the text must be in `choices`."""
-        if not self.has_value(key):
+        if not self.has_value_other_than_none(key):
             return self._get_default_of_missing_field(key, default)
         value = self.values[key]
         if not isinstance(value, str):
@@ -256,7 +256,7 @@ class Fields:
         """Return the dictionary under `key`, or an empty dictionary if the value of `key` is missing or None."""
         return Fields(self.values.get(key), self.file, self._dotted_key(key))
 
-    def get_keyword_arguments(self, key: str) -> dict[str, object]:
+    def get_dict_of_keyword_arguments(self, key: str) -> dict[str, object]:
         """Return the dictionary under `key`, whose keys must be valid names of keyword arguments."""
         values = self.get_nested_fields(key).values
         for name in values:
