@@ -267,10 +267,10 @@ def estimate_images_per_batch(images: ImageDataset) -> int:
 class OneImageBatches(Sequence):
     """A sequence of lists that each contain the `Key` of one image, as argument `batches` of `make_loader`.
 
-    To save memory, each `Key` is created only when it is needed.
+    A `Key` is created in `__getitem__`, because a list of millions of `Key`s would take much memory.
 
     Args:
-        indices: for each batch, the index of its image in the dataset.
+        indices: dataset indices (N,) of the images. Each batch contains one image.
     """
 
     def __init__(self, indices: np.ndarray):
@@ -315,9 +315,8 @@ def score_batch(
     If scoring a batch fails, the images of the batch are scored one by one, so that one bad image does not end the run.
 
     Args:
-        logged_errors: descriptions of the errors whose traceback has been logged. If the batch cannot be scored, the
-            traceback is logged only if the description of the error is not in `logged_errors`. The description is then
-            added to `logged_errors`.
+        logged_errors: descriptions of the errors whose traceback has been logged. If the batch cannot be scored, this
+            function adds the description of the error to `logged_errors`, and logs the traceback only of a new error.
     """
     indices = [key.index for key in batch.keys]
     if not pictures.paths:

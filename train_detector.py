@@ -9,7 +9,7 @@ re-synthesizer together.
 
 The program writes these files into OUTPUT_PATH:
 
-    NNNN.pth.tar, NNNN_sr.pth.tar             detector and re-synthesizer after epoch NNNN, in the authors' file formats
+    NNNN.pth.tar, NNNN_sr.pth.tar             detector and re-synthesizer after epoch NNNN, one pair per saved epoch
     best.pth.tar                              the checkpoint with the highest AUROC on the validation images
     last.pth.tar                              the newest checkpoint, from which --resume continues
     config.json, stats.jsonl, tensorboard/    the settings, the loss and metrics of each epoch, and TensorBoard logs
@@ -262,10 +262,10 @@ def find_smallest_trainable_batch_size(
         return 1
     if sampler.compute_smallest_batch_size_of_any_process() == 1:
         raise UserError(
-            f"--batch-size {sampler.batch_size} gives a process batches of one image ({sampler.count} samples per"
-            f" epoch, {sampler.world.size} process(es)). Batch norm cannot be trained on one image whose residual has"
-            f" only {width} x {height} values per channel: choose a --batch-size that gives each process at least two"
-            " images in every step, or a larger --crop-size or --resize"
+            f"batch norm cannot be trained on batches of one image with {width} x {height} residual values per channel:"
+            f" choose either another --batch-size, so that every batch has at least two images per process (got"
+            f" --batch-size {sampler.batch_size}, {sampler.count} samples per epoch, {sampler.world.size} process(es)),"
+            " or larger images with --crop-size or --resize"
         )
     logger.warning(
         "warning: the smallest residual has only %d x %d values per channel, and the stride of the classifier is %d, so"
@@ -452,8 +452,8 @@ def end_to_end_loss(
     The auxiliary loss is computed on the real images. The auxiliary loss is 0 if the batch has fewer than two real
     images.
 
-    Release: for the auxiliary loss, the authors' code degrades each batch with probability 0.5. With `--mode-sr none`,
-    the authors' code computes the auxiliary loss on undegraded images in every step.
+    Release: for the auxiliary loss, the code of the paper's authors degrades each batch with probability 0.5. With
+    `--mode-sr none`, their code computes the auxiliary loss on undegraded images in every step.
     """
     x = compute.images_to_float(batch.x)  # (B, 3, H, W)
     counted = batch.weights > 0  # (B,); an image with weight 0 repeats an image of another process
@@ -616,7 +616,8 @@ def compute_validation_metrics(
 def collect_weights_and_config(detector: ResynthesisDetector, config: dict, trained_on: Tensor) -> dict:
     """Return the weights and the config of the detector as a dict, which is saved in checkpoints.
 
-    As in the authors' checkpoints, the keys "arch" and "state_dict" hold the name and the weights of the classifier.
+    The keys "arch" and "state_dict" hold the name and the weights of the classifier, as in the checkpoints of the
+    paper's authors.
 
     Args:
         trained_on: hashes of the training images, from `data.lists.hash_image_files`.
@@ -640,7 +641,7 @@ def collect_contents_of_numbered_checkpoints(state: dict) -> dict[str, dict]:
     NNNN.pth.tar contains the detector, and NNNN_sr.pth.tar contains the re-synthesizer. NNNN is the number of the
     epoch, counted from 1.
 
-    Release: the file names and the file formats are the same as in the authors' code.
+    Release: the file names and the file formats are the same as in the code of the paper's authors.
     """
     epoch = state["progress"]["epoch"]
     config = state["config"]

@@ -4,7 +4,7 @@
 
 The program writes these files into OUTPUTS_DIR/xSCALE:
 
-    epoch_N.pth                               the weights after epoch N, as a state dict like the authors' files
+    epoch_N.pth                               the weights after epoch N, as a state dict
     best.pth                                  the checkpoint with the highest PSNR on --eval-file
     last.pth                                  the newest checkpoint, from which --resume continues
     config.json, stats.jsonl, tensorboard/    the settings, the loss and metrics of each epoch, and TensorBoard logs
@@ -223,7 +223,8 @@ def compute_patch_loss(
 
     Returns:
         the loss, and the dict {"l1": L1 term of the loss}. The loss and its L1 term are scalars. If a batch is split
-        over several processes, the results of the processes add up to the loss and the L1 term of the whole batch.
+        over several processes, the loss of the whole batch is the sum of the losses that the processes return. The L1
+        term of the whole batch is the sum of the L1 terms that the processes return.
     """
     x = compute.images_to_float(batch.x)  # (B, 3, P, P)
     x_lr = degradations.degrade_patches(downsample(x, model.scale), batch.keys)  # (B, 3, p, p)
@@ -382,7 +383,7 @@ def collect_contents_of_numbered_checkpoints(state: dict) -> dict[str, dict]:
 
     Epochs are counted from 0.
 
-    Release: the file name and the file format are the same as in the authors' code.
+    Release: the file name and the file format are the same as in the code of the paper's authors.
     """
     epoch = state["progress"]["epoch"] - 1
     return {f"epoch_{epoch}.pth": state["state_dict"]}

@@ -1,9 +1,9 @@
 """Datasets, batches and data loaders.
 
-For each batch, the sampler `EpochBatchSampler` yields a list of `Key`s. For each `Key`, a dataset reads one entry and
-returns a `Sample`. The function `collate_samples` combines samples into a `Batch`. The random choices for a dataset
-entry depend only on the seed, the epoch and the index of the entry. A resumed run makes the same random choices as an
-uninterrupted run.
+For each batch, the sampler `EpochBatchSampler` yields a list of `Key`s. For each `Key`, a dataset returns a `Sample`,
+which contains tensors made from one image. The function `collate_samples` combines samples into a `Batch`. The random
+choices for a dataset entry depend only on the seed, the epoch and the index of the entry. A resumed run makes the same
+random choices as an uninterrupted run.
 """
 
 import atexit
@@ -47,7 +47,7 @@ Transform = Callable[[Tensor, np.random.Generator | None], Tensor]  # (image, ge
 class Key(NamedTuple):
     """A `Key` tells a dataset which entry to read, and for which epoch.
 
-    `dataset[key]` reads the entry that `key` names.
+    `dataset[key]` returns the `Sample` of the entry with the index `key.index`.
     """
 
     epoch: int
@@ -326,7 +326,7 @@ class ImageDataset(ItemDataset):
         self.headers = headers
 
     def read_sample_tensors(self, path: str, key: Key) -> Tensor:
-        """Read, transform, resize, crop and mirror an image, and return it as uint8 (1, 3, H, W)."""
+        """Read an image, apply `self.transform`, resize, crop and mirror it, and return it as uint8 (1, 3, H, W)."""
         image = read_image_as_tensor(path)  # (3, H, W)
         if self.transform is not None:
             image = self.transform(image, self._create_random_generator(key.epoch, key.index, PERTURB))

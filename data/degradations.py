@@ -145,7 +145,8 @@ def degrade_patch(
 
     Args:
         augment: whether to add noise with a standard deviation U(0, 10) / 255, and to compress the patch as JPEG with
-            a quality of 25..74. (Release: the authors' program computes the JPEG image, but does not use the result.)
+            a quality of 25..74. (Release: the code of the paper's authors computes the JPEG image, but does not use
+            it.)
         completion: whether to turn a fraction U(0.05, 0.15) of the pixels black.
         colorization: whether to turn a fraction U(0.05, 0.15) of the pixels grey.
     """

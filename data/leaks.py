@@ -27,9 +27,9 @@ logger = logging.getLogger(__name__)
 
 LEAK, WARNING = "leak", "warning"
 SEVERITIES = (LEAK, WARNING)
-# For each attribute value, the audit computes the fraction of real and of fake images that have this value.
-# If the fractions of real and fake images differ by less than WARNING_DIFFERENCE, the audit reports nothing.
-# A reported difference of the fractions is a leak if it is at least LEAK_DIFFERENCE, and otherwise a warning.
+# Let r and f be the fractions of the real and of the fake images with one attribute value, such as the format PNG.
+# If |r - f| is below WARNING_DIFFERENCE, the leak audit reports nothing.
+# If the leak audit reports |r - f|, it reports a leak from LEAK_DIFFERENCE on, and otherwise a warning.
 LEAK_DIFFERENCE, WARNING_DIFFERENCE = 0.5, 0.2
 SAMPLE = 2000  # maximum number of images of one class and one split that `audit_images` reads if `quick` is True
 THREADS = 8
@@ -54,7 +54,7 @@ class File(NamedTuple):
     item: Item
     split: str  # "train" or "validation"
     size: int = 0  # length of the file in bytes
-    attributes: dict[str, str] = {}  # for example {"format": "PNG", "colour mode": "RGB"}
+    attributes: dict[str, str] = {}  # attributes of the image file, for example {"format": "PNG", "colour mode": "RGB"}
     error: str | None = None  # reason why the file cannot be read
 
 
@@ -117,7 +117,10 @@ def run_and_log_quick_leak_audit(train_items: Sequence[Item], val_items: Sequenc
     logger.info("leak audit read %d of %d image files, result: %s", result.checked, count, summary)
     for finding in result.findings[:3]:
         logger.warning(
-            'leak audit: %s from the check "%s": %s', finding.severity.upper(), finding.check, finding.message
+            'the leak audit reports a %s from the check "%s": %s',
+            finding.severity.upper(),
+            finding.check,
+            finding.message,
         )
 
 

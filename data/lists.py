@@ -25,9 +25,9 @@ from utils.labels import FAKE, REAL
 logger = logging.getLogger(__name__)
 
 LABELS = {"real": REAL, "fake": FAKE, "1": REAL, "0": FAKE}  # text in the column "label" of a CSV table -> label
-# LAYOUTS contains the names of the folders of real and of fake images in two data sets.
-# The first data set is from Wang et al., "CNN-generated images are surprisingly easy to spot... for now", CVPR 2020.
-# The second data set is from Zhu et al., "GenImage", NeurIPS 2023.
+# Each pair in LAYOUTS contains the folder names of the real and of the fake images in one public data set.
+# The data set of "CNN-generated images are surprisingly easy to spot... for now" (CVPR 2020) uses 0_real and 1_fake.
+# The data set GenImage (NeurIPS 2023) uses nature and ai.
 LAYOUTS = (("0_real", "1_fake"), ("nature", "ai"))
 TRAIN_FOLDERS = ("train", "training")
 HELD_OUT_FOLDERS = ("val", "valid", "validation", "test")
@@ -380,10 +380,10 @@ def require_real_and_fake_images(items: Sequence[Item], what: str) -> None:
 
 
 def list_images_without_labels(paths: Sequence[str]) -> list[Item]:
-    """List images without labels, in the order of `paths`.
+    """List the images of folders and files as `Item`s whose label is None.
 
-    Residual pictures and figures that test.py has written are left out. An image that is given twice, by its
-    path and by its folder, is listed once.
+    The images have the order of `paths`. Residual pictures and figures that test.py has written are left out. An image
+    that is given twice, by its path and by its folder, is listed once.
 
     Args:
         paths: folders, which are searched for images, and image files with any suffix.

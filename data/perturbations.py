@@ -59,8 +59,8 @@ def blur_image(image: Tensor, kernel_size: int, sigma: float) -> Tensor:
 def crop_and_enlarge(image: Tensor, fraction: float) -> Tensor:
     """Crop the centre of an image, and enlarge the crop to the size of the image.
 
-    The crop is enlarged by bicubic interpolation without antialiasing. Without antialiasing, PyTorch uses the same
-    bicubic kernel (a = -0.75) as OpenCV. With antialiasing, PyTorch would use a = -0.5.
+    The crop is enlarged by bicubic interpolation without antialiasing, because PyTorch then uses the bicubic kernel of
+    OpenCV. With antialiasing, PyTorch uses a different bicubic kernel.
 
     Args:
         fraction: fraction of the height and of the width that is cut off, in equal parts at both ends.

@@ -8,8 +8,9 @@ from utils.checkpoints import Fields
 from utils.console import make_printable
 from utils.errors import UserError
 
-# A threshold chosen by tools.calibrate can be the largest float below 0 or the smallest float above 1
-THRESHOLD_TOLERANCE = 1e-6  # largest accepted distance of a threshold from the interval [0, 1]
+# Thresholds between -THRESHOLD_TOLERANCE and 1 + THRESHOLD_TOLERANCE are accepted.
+# A threshold chosen by tools.calibrate can be the largest float below 0 or the smallest float above 1.
+THRESHOLD_TOLERANCE = 1e-6
 UNCALIBRATED = {"temperature": 1.0, "t_real": 0.5, "t_fake": 0.5}
 
 

@@ -54,7 +54,7 @@ def load(
             checkpoint of the paper's authors.
         vgg_weights: weights of VGG-19: "auto", "imagenet", "random" or the path of a file, as in the flag
             `--vgg-weights` of test.py.
-        options: settings that the authors' checkpoints do not store, as a dict {name: value}. The tuple
+        options: settings that the checkpoints of the paper's authors do not store, as a dict {name: value}. The tuple
             `models.build.OPTION_NAMES` lists the names of these settings ("stage", "dilated", ...). "idx_stages" is
             another name for "stage", and "no_dilation" means the opposite of "dilated". The options "crop_size",
             "resize" and "crops" override the settings used in training. The value 0 of "resize" disables resizing.
@@ -152,8 +152,8 @@ def check_load_options(options: Mapping) -> dict:
     for name in IMAGE_OPTIONS:
         value = checked.get(name)
         if value is not None and not is_integer_at_least(value, lowest=1 if name == "crops" else 0):
-            unit = "number of crops, at least 1" if name == "crops" else "number of pixels, at least 0"
-            raise UserError(f"option {name} must be a whole {unit}; got {value!r}")
+            expected = "at least 1 (number of crops)" if name == "crops" else "at least 0 (number of pixels)"
+            raise UserError(f"option {name} must be an integer of {expected}, got {value!r}")
     return checked
 
 

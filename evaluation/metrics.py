@@ -23,7 +23,7 @@ RESAMPLES = 1000
 CONFIDENCE = 0.95
 FEW_REALS = 100  # smallest number of real images for which an FPR of at most 1 % allows a false positive
 UNNAMED = "(unnamed)"
-RELEASE = "as in the authors' program (positive class: REAL)"
+RELEASE = "as in the code of the paper's authors (positive class: REAL)"
 
 
 # --- metrics. scores: (N,), higher = more likely fake. prob_fake: (N,) in [0, 1]. is_fake: (N,) bool ------------

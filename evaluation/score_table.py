@@ -278,7 +278,7 @@ def path_of_residual_picture(folder: str | os.PathLike, image: str) -> Path:
     """Return the path of the residual picture of an image: folder/IMAGE.residual.png.
 
     IMAGE is the path of the image without the root "/". In IMAGE, "__" replaces each "..", so that every picture is
-    inside `folder`. IMAGE keeps its suffix, so that a.png and a.jpg get different pictures.
+    inside `folder`. IMAGE keeps its suffix, so that the residual pictures of a.png and a.jpg have different file names.
     """
     path = os.path.splitdrive(os.path.normpath(image))[1]
     parts = []

@@ -3,10 +3,9 @@
 Each process writes its rows to its own file, called a partial table. The partial tables of the score table P.csv are
 named P.csv.0.part, P.csv.1.part, and so on. The first line of a partial table holds the scoring settings: everything
 that the scores depend on besides the content of the image files. A run refuses to continue a partial table that has
-different scoring settings. A run does not score an image again if an earlier run wrote a row with its score to a
-partial table. If the row holds an error, the image is scored again. The image is also scored again if the size or the
-modification time of the image file differs from the values in the row. When every image has a row, one row per image is
-written to the score table, in the order of the list of images.
+different scoring settings. A resumed run scores the images without a row, and the images whose row contains an error. A
+resumed run ignores a row if the size or the modification time of the image file differs from the values in the row.
+When every image has a row, one row per image is written to the score table, in the order of the list of images.
 
 Each row of a partial table fills one line, so that `readline` reads exactly one row. A row contains the index of its
 image in the list of images, but not the path of the image. While the score table is written, only the byte positions of
@@ -92,10 +91,12 @@ class ScoreWriter:
     def start_partial_table(self, overwrite: bool, without_picture: np.ndarray | None = None) -> bool:
         """Find the images that must be scored, and create a new partial table for this process.
 
+        If a run is resumed, an image is scored if it has no row, or if its row contains an error.
+
         Args:
             overwrite: if True, partial tables of earlier runs are deleted, and all images are scored.
-            without_picture: mask (N,) bool of the images whose residual picture must be drawn, and which are therefore
-                scored again. An image whose row holds an error is scored again, too.
+            without_picture: mask (N,) bool of the images whose residual picture must be drawn. These images are scored,
+                even if they have a row.
 
         Returns:
             False if the score table and all residual pictures are finished already, so that nothing must be scored or

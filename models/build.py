@@ -9,9 +9,9 @@ do not store the arguments of networks.
 If a checkpoint stores a setting of a detector, such as the name of the classifier, the stored value is used. An option
 that contradicts the checkpoint raises a UserError. If neither the checkpoint nor an option sets a value, the value in
 the paper is used. One default differs from the paper: ResNet-50, ResNet-101 and ResNet-152 have dilated convolutions,
-as in the authors' program. The option `--no_dilation` switches dilation off. The classifier of a new detector has
-random weights. The re-synthesizer of a new detector must be trained already. The re-synthesizers "bicubic" and "none"
-have no weights and need no training.
+as in the code of the paper's authors. The option `--no_dilation` switches dilation off. The classifier of a new
+detector has random weights. The re-synthesizer of a new detector must be trained already. The re-synthesizers "bicubic"
+and "none" have no weights and need no training.
 """
 
 import inspect
@@ -102,7 +102,7 @@ PAPER = {"resynthesizer": "rdn", "scale": 4, "stage": 0, "residual": "absolute",
 RESIDUALS = ("absolute", "signed")
 CHECKED_SIDE = 128  # approximate side length, in pixels, of the test image in `check_features`
 CHECKED_LOW_SIDE = 16  # side length, in pixels, of the low-resolution test image in `check_resynthesizer`
-RDN_OPTIONS = ("num_features", "growth_rate", "num_blocks", "num_layers")  # options for RDN, as in the authors' code
+RDN_OPTIONS = ("num_features", "growth_rate", "num_blocks", "num_layers")  # options that only an RDN has
 OPTION_NAMES = (
     *("sr_arch", "sr_args", "scale", *RDN_OPTIONS),
     *("features", "feature_args", "stage"),
@@ -557,8 +557,8 @@ def infer_features_config_of_authors_checkpoint(state: Mapping[str, Tensor], opt
         stage = stages[0]
     if stage not in stages:
         raise UserError(
-            f"the classifier in {name} reads residuals with {channels} channels: expected --idx-stages to be one of"
-            f" {stages}, got {stage}; give the stage with which the detector was trained"
+            f"the classifier in {name} needs --idx-stages to choose features with {channels} channels: expected a stage"
+            f" in {stages}, got {stage}; give the stage with which the detector was trained"
         )
     features, arguments = get_features_name_and_arguments_of_stage(stage)
     return {"name": features, "args": arguments}
@@ -609,7 +609,7 @@ def assemble_detector(
         name_of_network, arguments = config[kind]["name"], config[kind]["args"]
         complete = {**get_default_arguments(entries, name_of_network), **arguments}
         config = {**config, kind: {"name": name_of_network, "args": complete}}
-    features = create_network("features", FEATURES, config["features"]["name"], **config["features"]["args"])
+    features = create_network("feature network", FEATURES, config["features"]["name"], **config["features"]["args"])
     for attribute in ("channels", "stride"):
         if not isinstance(getattr(features, attribute, None), int):
             network = config["features"]["name"]
@@ -617,7 +617,10 @@ def assemble_detector(
     in_channels = options.get("in_channels")
     if in_channels not in (None, features.channels):
         chosen = config["features"]["name"]
-        raise UserError(f"--input-channel must be {features.channels} for the features {chosen}, got {in_channels}")
+        raise UserError(
+            f"--input-channel must be {features.channels}, the number of channels of the features {chosen}, got"
+            f" {in_channels}: correct the number, or leave --input-channel out"
+        )
     vgg_record = features_fingerprint = None
     if hasattr(features, "load_pretrained"):
         vgg_record = features.load_pretrained(vgg_source, trained_with, name)
@@ -673,7 +676,7 @@ def check_features(features: nn.Module, config: Mapping) -> None:
 
     Raises:
         UserError: if the shape of the feature maps does not match the attributes `channels` and `stride`.
-        UserError: if the feature network changes the values of its input.
+        UserError: if the feature network modifies its input in place.
         UserError: if the weights of the feature network differ each time the network is created.
     """
     name = config["name"]
@@ -682,9 +685,9 @@ def check_features(features: nn.Module, config: Mapping) -> None:
     before = x.clone()
     maps = features(x)
     if not torch.equal(x, before):
-        raise UserError(f"the features {name} change the values of their input: compute on a copy of the input")
+        raise UserError(f"the feature network {name} modifies its input in place: clone the input in `forward`")
     if not hasattr(features, "load_pretrained"):
-        again = create_network("features", FEATURES, name, **config["args"])
+        again = create_network("feature network", FEATURES, name, **config["args"])
         if compute_fingerprint(again) != compute_fingerprint(features):
             raise UserError(
                 f"the weights of the feature network {name} differ each time the network is created: set fixed weights"
@@ -693,8 +696,8 @@ def check_features(features: nn.Module, config: Mapping) -> None:
     expected = (1, features.channels, side, side)
     if tuple(maps.shape) != expected:
         raise UserError(
-            f"the features {name} return feature maps of shape {tuple(maps.shape)} for an image of"
-            f" {side * features.stride} x {side * features.stride} pixels, but their attributes channels ="
+            f"the feature network {name} returns feature maps of shape {tuple(maps.shape)} for an image of"
+            f" {side * features.stride} x {side * features.stride} pixels, but its attributes channels ="
             f" {features.channels} and stride = {features.stride} require the shape {expected}: correct the attributes"
             " or the network"
         )

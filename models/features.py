@@ -182,7 +182,7 @@ def compute_receptive_radius_and_stride(layers: Iterable[nn.Module]) -> tuple[in
     return math.ceil(reach / stride) * stride, stride
 
 
-# --- the authors' option --idx-stages -----------------------------------------------------------------------
+# --- the option --idx-stages --------------------------------------------------------------------------------
 
 
 def get_features_name_and_arguments_of_stage(stage: int) -> tuple[str, dict]:
@@ -253,8 +253,8 @@ def _read_vgg_weights(source: str) -> tuple[Mapping, str]:
     """Read or draw the VGG-19 weights that `source` names ("imagenet", "random", "auto" or a path).
 
     Returns:
-        a tuple (weights, source). `weights` is a state dict, or a checkpoint that contains a state dict. `source` is
-        "imagenet", "random" or the path of the file of weights.
+        a tuple of the VGG-19 weights and a text. The weights are a state dict, or a checkpoint that contains a state
+        dict. The text is "imagenet", "random" or the path of the file with the weights.
     """
     if source in ("imagenet", "auto"):
         try:

@@ -58,7 +58,7 @@ class ResidualDenseBlock(nn.Module):
         layers = [DenseLayer(num_features + i * growth_rate, growth_rate) for i in range(num_layers)]
         self.layers = nn.Sequential(*layers)
         # Release: in the code of the paper's authors, lff (local feature fusion) has growth_rate output channels.
-        # The forward pass of the authors' RDN fails if growth_rate differs from num_features.
+        # In the code of the paper's authors, the forward pass of RDN fails if growth_rate differs from num_features.
         # In `ResidualDenseBlock`, lff (local feature fusion) has num_features output channels, as in the RDN article.
         self.lff = create_conv1x1(num_features + num_layers * growth_rate, num_features)
 

@@ -1,9 +1,9 @@
 """Read checkpoints by the paper's authors, and find the architecture of a network from the shapes of its weights.
 
-The checkpoints by the authors do not store the arguments of networks. A checkpoint of RDN by the authors is a state
-dict, or a dictionary with the state dict under the key "state_dict". A checkpoint of a detector by the authors is a
-dictionary with the keys "epoch", "arch", "state_dict" and "optimizer". The keys of a state dict may begin with
-"module.", which DataParallel adds.
+The checkpoints by the paper's authors do not store the arguments of networks. Their checkpoint of an RDN is a state
+dict, or a dictionary with the state dict under the key "state_dict". Their checkpoint of a detector is a dictionary
+with the keys "epoch", "arch", "state_dict" and "optimizer". The keys of a state dict may begin with "module.", which
+DataParallel adds.
 """
 
 from collections.abc import Mapping

@@ -8,7 +8,7 @@ the power of each frequency in the spectrum of a residual with the power of neig
 the residual is averaged over overlapping windows by Welch's method (IEEE Transactions on Audio and Electroacoustics,
 1967).
 
-`ChannelPowerClassifier` classifies residuals of VGG-19 features by the power of each channel.
+`ChannelPowerClassifier` classifies residuals of VGG-19 features by the mean square of each channel.
 """
 
 import torch
@@ -37,8 +37,8 @@ class SpectrumClassifier(nn.Module):
 
     Each logit of this classifier is the sum of two terms. The first term of a logit is the output of a network with one
     hidden layer, which learns to recognize the generators of the training images. The second term depends on d, a
-    distance of the image from real images. The second term of the logit for FAKE is w * log(d), with a learned weight
-    w. The second term of the logit for REAL is -w * log(d). To compute d, a linear layer is applied to the standardized
+    distance of the image from real images. The second term is w * log(d) in the logit for FAKE and -w * log(d) in the
+    logit for REAL, with a learned weight w. To compute d, a linear layer is applied to the standardized
     differences of log powers. The distance d is the mean square of the outputs of this linear layer. Training makes the
     distance d small for real images. A large d raises the logit for FAKE, also for images of generators that are unseen
     in training.
@@ -134,10 +134,10 @@ class SpectrumClassifier(nn.Module):
 
 
 class ChannelPowerClassifier(nn.Module):
-    """A linear classifier that computes logits (B, 2) for FAKE and REAL from the power of each channel of residuals.
+    """A linear classifier that computes logits (B, 2) for FAKE and REAL from the mean square of each residual channel.
 
-    The power of a channel is the mean of its squared values. The mean log power of all channels is subtracted from each
-    log power, so that the contrast of the image does not change the logits.
+    The classifier computes the logarithm of each mean square, and subtracts the mean of the logarithms over all
+    channels, so that the contrast of the image does not change the logits.
 
     Args:
         channels: number of channels of the residual.

@@ -26,9 +26,9 @@ def apply_function_in_tiles(
         function: a sequence of convolutions with "same" padding, poolings and per-pixel operations, which computes a
             result (B, C', scale * h, scale * w) from `maps`, with height and width rounded down or up.
         maps: one or more feature maps (B, C, h, w) of equal height and width.
-        side: side length of a square tile, or (height, width) of a tile, in pixels of `maps`. The height and the
-            width of a tile, multiplied by `scale`, must be integers.
-        halo: width of the halo in pixels of `maps`. The product of `halo` and `scale` must be an integer.
+        side: side length of a square tile, or (height, width) of a tile, in pixels of `maps`. `scale` times
+            the height of a tile and `scale` times the width of a tile must be integers.
+        halo: width in pixels of the margin around each tile. `scale * halo` must be an integer.
         scale: factor by which `function` changes the height and the width of `maps`.
     """
     height, width = maps[0].shape[2:]

@@ -84,7 +84,7 @@ class DenseMaps:
         self.strip_rows = max(TILES // self.columns, 1)  # number of rows of tiles that are computed at a time
         shape = (batch, self.rows, self.columns * count * PRODUCTS * self.channels)
         memory = scratch.resize_(math.prod(shape)).view(shape)
-        self.transformed = []  # one tensor (count, n, 36 * C) of transformed feature maps for each strip of tiles
+        self.transformed = []  # for each strip of n tiles, the transformed feature maps (count, n, 36 * C)
         for strip in self.split_images_into_strips(memory):
             self.transformed.append(strip.view(count, -1, PRODUCTS * self.channels))
         self.added = 0  # number of feature maps that were appended so far
@@ -108,7 +108,7 @@ class DenseMaps:
             torch.bmm(INPUT.expand(len(tiles), -1, -1), tiles, out=maps[self.added - 1].view_as(tiles))
             # The grouped convolution multiplies the transformed tiles by the transformed kernels, element by element.
             # The grouped convolution also sums the products over all feature maps and channels.
-            values = maps[: self.added]  # (self.added, n, 36 * C)
+            values = maps[: self.added]  # (number of stored feature maps, number of tiles, 36 * C)
             if self.added == 1:
                 # For a single feature map, conv2d is faster if the tiles form rows and columns instead of one long row
                 values = maps[0].view(-1, self.columns, maps.shape[2])

@@ -1,6 +1,7 @@
 """Fill a network with fixed pseudo-random weights.
 
-The authors' code computed the outputs in tests/golden/reference_outputs.npz with weights from this module.
+The code of the paper's authors computed the outputs in tests/golden/reference_outputs.npz with weights from this
+module.
 """
 
 import functools

@@ -91,7 +91,7 @@ def write_detector(path: Path, **content) -> Path:
 
 
 def write_images_and_checkpoints_of_the_authors_format(folder: Path) -> Path:
-    """Write two images, VGG-19 weights, and checkpoints of RDN and of two classifiers in the authors' file formats.
+    """Write two images, VGG-19 weights, and checkpoints of RDN and two classifiers, in formats of the paper's authors.
 
     One image is real, and the other image is fake. The images come from tests/golden/reference_outputs.npz. All weights
     come from `load_fixed_pseudo_random_weights`.

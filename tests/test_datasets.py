@@ -313,7 +313,7 @@ def test_merged_batches_keep_the_pixel_limit_and_stay_within_blocks_of_consecuti
         len(b.keys)
         for b in load_and_merge_batches(dataset_of_square_and_unreadable_images, range(3), block=2, pixels=math.inf)
     ] == [2, 1]
-    # Images 1 and 2 have equal sizes, but must not be merged, because they belong to different blocks of two images
+    # Images 1 and 2 have equal sizes, but must not be merged, because the blocks of the dataset are (0, 1), (2, 3), ...
     assert [
         len(b.keys)
         for b in load_and_merge_batches(dataset_of_square_and_unreadable_images, range(1, 3), block=2, pixels=math.inf)

@@ -43,7 +43,7 @@ def test_the_colorization_task_draws_a_grey_fraction_per_batch_and_a_mask_per_im
         assert per_image.max() - per_image.min() < 0.05
         assert not torch.equal(changed[0], changed[1])
         fractions.append(per_image.mean().item())
-    # The authors' code draws the fraction of grey pixels from the range 0.1 to 0.25
+    # The code of the paper's authors draws the fraction of grey pixels from the range 0.1 to 0.25
     assert 0.09 < min(fractions) < 0.125
     assert 0.225 < max(fractions) < 0.26
     assert np.mean(fractions) == pytest.approx(0.175, abs=0.02)
@@ -106,9 +106,9 @@ def test_the_degradations_completion_and_colorization_replace_random_pixels_of_s
         torch.testing.assert_close(result[:, changed], replaced[:, changed])
         if changed.any():
             fractions.append(changed.float().mean().item())
-    # The authors' code applies the degradation `way` to a patch with probability 1 - 0.5**0.5 (0.29)
+    # The code of the paper's authors degrades a patch with probability 1 - 0.5**0.5 (0.29)
     assert len(fractions) / TRIALS == pytest.approx(1 - 0.5**0.5, abs=0.055)
-    # The authors' code turns a fraction of 0.05 to 0.15 of the pixels of a patch black or grey
+    # The code of the paper's authors turns a fraction of 0.05 to 0.15 of a patch's pixels black or grey
     assert 0.02 < min(fractions) < 0.065
     assert 0.135 < max(fractions) < 0.19
 

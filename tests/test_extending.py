@@ -348,7 +348,7 @@ class FeaturesWithoutRecord(NormalizedPixels):
     ("features", "words"),
     [
         (FeaturesWithRandomWeights, "differ each time"),
-        (FeaturesThatChangeTheirInput, "change the values"),
+        (FeaturesThatChangeTheirInput, "modifies its input"),
         (FeaturesWithoutStride, "attribute stride"),
         (FeaturesWithoutRecord, "load_pretrained"),
     ],
@@ -421,7 +421,7 @@ class WrongStride(NormalizedPixels):
 def test_features_with_a_wrong_stride_are_refused(training_files, tmp_path, monkeypatch):
     monkeypatch.setitem(build.FEATURES, "wrong", WrongStride)
     flags = "--fixed-sr --sr-arch none --features wrong --arch resnet18 --epochs 1"
-    with expect_user_error("features wrong", "stride = 2", "(1, 3, 64, 64)", "(1, 3, 128, 128)"):
+    with expect_user_error("feature network wrong", "stride = 2", "(1, 3, 64, 64)", "(1, 3, 128, 128)"):
         run_training(make_train_detector_arguments_without_resynthesizer(training_files, tmp_path, flags))
 
 

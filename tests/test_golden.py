@@ -1,4 +1,4 @@
-"""Tests that the networks have the weight names, weight shapes and outputs of the authors' networks.
+"""Tests that the networks have the weight names, weight shapes and outputs of the networks of the paper's authors.
 
 The expected values in the folder tests/golden/ were computed with the code that the authors of the paper published.
 """

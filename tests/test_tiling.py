@@ -90,7 +90,7 @@ def test_rdn_with_winograd_convolutions_gives_the_output_of_direct_convolutions(
         with torch.autocast("cpu", torch.bfloat16):
             rdn(x_lr)
     assert used == [True, False]
-    # RDN calls .float(), but must compute the expected output in float64
+    # RDN calls `Tensor.float`, which must keep float64 here, so that RDN computes `expected` in float64
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
     expected = rdn.double()(x_lr.double()).detach()
     assert (got - expected).abs().max() <= 1e-5 * expected.abs().max()

@@ -74,7 +74,7 @@ def test_the_sgd_optimizer_makes_the_updates_of_the_authors_code(scale):
         gradients = model.compute_gradients_of_cross_entropy(
             torch.randn(8, 3, dtype=torch.float64), torch.randint(2, (8,))
         )
-        # The authors' code multiplies the gradients of the classifier by --lr-sr (here `scale`) before an SGD update
+        # The code of the paper's authors multiplies the gradients of the classifier by --lr-sr (here `scale`)
         for i, ((name, p), gradient) in enumerate(zip(model.named_parameters(), gradients, strict=True)):
             p.grad = gradient
             velocity[i] = momentum * velocity[i] + decay * expected[i]

@@ -153,7 +153,8 @@ def create_export_parser() -> Parser:
     add_resynthesizer_options(parser)
     add_detector_options(parser)
     add = parser.add_argument_group("export").add_argument
-    add("--resume", required=True, metavar="FILE", help="checkpoint or bundle (.safetensors) of the detector")
+    add("--resume", required=True, metavar="FILE",
+        help="checkpoint of the detector, or a .safetensors file that --bundle wrote")  # fmt: skip
     add("--out", type=Path, metavar="FILE",
         help="write the detector's computation graph to FILE.onnx, or to FILE.pt2 for torch.export.load")  # fmt: skip
     add("--check", type=Path, metavar="FILE",

@@ -269,13 +269,14 @@ def create_module_without_size_checks(program: torch.export.ExportedProgram) -> 
 def compare_graph_with_detector(path: Path, detector: Detector, data: bytes) -> None:
     """Check that a graph and a detector give the same logits and P(fake) on random images of three sizes.
 
-    If the graph accepts only images of the crop size, the function compares the outputs only for this size.
+    A graph that accepts only images of the crop size is compared with the detector on images of this size only.
 
     Args:
         path: path of the graph file, for error messages.
         data: bytes of the graph file.
     Raises:
-        UserError: if `data` is not a graph, belongs to a different detector, or gives different logits or P(fake).
+        UserError: if `data` is not the graph of `detector`.
+        UserError: if the logits or P(fake) of the graph differ from those of `detector` by more than TOLERANCE.
     """
     name = make_printable(path)
     rng = seeded_generator(0)

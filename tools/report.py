@@ -70,7 +70,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--study",
         metavar="STUDY.csv",
-        help="CSV file that says from which score tables each cell of a table is computed (see tools/study.py)",
+        help="CSV file that lists the score tables for each cell of a results table (format: see tools/study.py)",
     )
     text = "with --study: name of the table to make, one of the names in the column 'table' of STUDY.csv"
     parser.add_argument("--table", metavar="NAME", help=text)
@@ -166,7 +166,7 @@ def make_table_with_command_in_comment(match: re.Match) -> str:
         ) from None
     program = PROGRAM.split()
     if words[: len(program)] != program:
-        raise UserError(f"the command {command!r} of a 'made by' comment must start with {PROGRAM}: correct it")
+        raise UserError(f"the command {command!r} of a 'made by' comment must start with {PROGRAM!r}: correct it")
     arguments = []
     for word in words[len(program) :]:
         arguments += sorted(glob.glob(word)) or [word]
@@ -177,7 +177,7 @@ def make_table_with_command_in_comment(match: re.Match) -> str:
             f"cannot run the command {command!r} of a 'made by' comment: correct the command, see the error above"
         ) from None
     if not args.markdown:
-        raise UserError(f"the command {command!r} of a 'made by' comment makes no markdown table: add --markdown")
+        raise UserError(f"the command {command!r} of a 'made by' comment makes no markdown table: add --markdown to it")
     return f"{comment}\n{make_markdown_table(args)}"
 
 

@@ -230,7 +230,7 @@ def find_most_wrongly_scored_images(table: ScoreTable, count: int = WORST) -> np
     """Find the images with the most wrong P(fake): fake images with low P(fake), and real images with high P(fake).
 
     Returns:
-        At most `count` row numbers of the score table. The image with the most wrong P(fake) is the first.
+        At most `count` row numbers of the score table, sorted from the most to the least wrong P(fake).
     """
     rows = np.flatnonzero(table.has_label_and_score)
     wrongness = np.where(table.is_fake, -table.logit_margins, table.logit_margins)[rows]

@@ -75,8 +75,8 @@ def make_metric_table_of_study(path: str, table: str, metric: str, intervals: bo
         table: name of the table.
         metric: name of the metric, a key of `metrics.METRICS`.
         intervals: whether to show how uncertain each number is. If several lines of the study file belong to a cell,
-            the metric is computed for each line, and the cell also shows the smallest and the largest result. A cell
-            that is computed from one line with one generator also shows the bootstrap interval of the metric.
+            the metric is computed for each line, and the cell also shows the smallest and the largest result. If a
+            single line with a single generator belongs to a cell, the cell also shows the bootstrap interval.
     Returns:
         A list of rows, each a list of cells. The first row is the heading.
     Raises:

@@ -25,8 +25,8 @@ def wait_while_main_process_prints_error() -> None:
     """Wait MISTAKE_DELAY seconds in every process except the main process, before the caller prints an error.
 
     A user's mistake usually raises the same error in all processes of a run. While the other processes wait, the main
-    process prints the error and exits, and torchrun then ends the other processes. If the main process has no error, a
-    process with an error prints the error after MISTAKE_DELAY seconds.
+    process prints the error and exits, and torchrun then ends the other processes. An error that does not occur in the
+    main process is printed MISTAKE_DELAY seconds later.
     """
     if not is_main_process():
         time.sleep(MISTAKE_DELAY)

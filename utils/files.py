@@ -47,8 +47,8 @@ def remove_leftover_temporary_files(folder: Path, names: str = ".+", age: float 
 
     Args:
         folder: the folder that contains the temporary files.
-        names: a temporary file is deleted only if this regular expression matches the whole name of the file that it
-            was meant to replace.
+        names: regular expression for NAME in the name .NAME.N.tmp of a temporary file. The temporary file is deleted
+            only if the whole NAME matches.
         age: a temporary file is deleted only if it has not changed for this number of seconds.
     """
     for path in folder.glob(".*.tmp"):

@@ -20,8 +20,8 @@ def create_optimizer(
 
     Release: the code of the paper's authors uses the rate `lr` for all parameters, and multiplies the classifier's
     gradients by `classifier_rate_factor` (option --lr-sr). For SGD, this function divides the classifier's weight decay
-    by `classifier_rate_factor`. With the divided weight decay, SGD computes the same weights as the authors' code, up
-    to rounding. For AdamW, this function uses the same weight decay for all parameters.
+    by `classifier_rate_factor`, so that SGD computes the same weights as the code of the paper's authors, up to
+    rounding. For AdamW, this function uses the same weight decay for all parameters.
 
     Args:
         name: "sgd" or "adamw".
@@ -60,7 +60,7 @@ def get_learning_rates(optimizer: torch.optim.Optimizer) -> dict[str, float]:
 
 
 def compute_authors_learning_rate_factor(epochs_total: int, epochs_done: float) -> float:
-    """Compute the factor by which the authors' code multiplies the base learning rate after `epochs_done` epochs.
+    """Compute the factor on the base learning rate in the code of the paper's authors after `epochs_done` epochs.
 
     The factor is 1 in epoch 0, and 0.9999 cos(pi/2 * (e - 1) / (E - 1)) + 0.0001 in epoch e > 0, where E is
     `epochs_total`.

@@ -2,7 +2,7 @@
 
 Programs in tools/ declare their own options.
 
-A flag that also exists in the authors' code has the same spelling here, so that scripts for the authors' code keep
+A flag that also exists in the code of the paper's authors has the same spelling here, so that their scripts keep
 working. `dest` is the name under which the programs read the value of a flag.
 
 Options on the architecture of a network default to None, which means that the option was not given. For an option that
@@ -146,8 +146,8 @@ def add_vgg_and_compute_options(parser: Parser) -> None:
     add("--seed", type=integer_from_0, default=123, metavar="N",
         help="seed of all random numbers (default: %(default)s)")  # fmt: skip
     add("--precision", choices=PRECISIONS, default="auto",
-        help="number format in which networks compute; auto = tf32 on a GPU (as in the authors' code), fp32 on a"
-        " CPU")  # fmt: skip
+        help="number format in which networks compute; auto = tf32 on a GPU (as in the code of the paper's authors),"
+        " fp32 on a CPU")  # fmt: skip
     add("--deterministic", action="store_true",
         help="use reproducible algorithms on a GPU, which may be slower (default: the fastest algorithms)")  # fmt: skip
 
@@ -192,22 +192,23 @@ def add_detector_options(parser: Parser) -> None:
     add("--feature-args", action=KeyValues, nargs="+", metavar="KEY=VALUE",
         help="arguments of the feature extractor that --features chooses, such as stage=3 for vgg19")  # fmt: skip
     add("--idx-stages", dest="stage", type=create_argparse_number_type(int, 0, 5), metavar="0..5",
-        help="alternative to --features, as in the authors' code: 0 = pixels; N from 1 to 5 = output of VGG-19's layer"
-        " reluN_1")  # fmt: skip
+        help="features from which the residual is computed, chosen by a number instead of --features: 0 = pixels; N"
+        " from 1 to 5 = output of VGG-19's layer reluN_1")  # fmt: skip
     add("--residual", choices=("absolute", "signed"),
         help="signed = features of the re-synthesis minus features of the image; absolute = the absolute value of this"
         " difference, as in the paper (default: the value in the checkpoint if there is one, otherwise"
         " absolute)")  # fmt: skip
     add("-a", "--arch", metavar="NAME",
-        help="classifier. resnet18, resnet34, resnet50, resnet101, resnet152: ResNets as in the authors' code."
-        " spectrum, channel_power: small classifiers for few training images. spectrum is meant for --residual signed,"
-        " and channel_power for --features vgg19. torchvision:NAME: a classifier of torchvision."
+        help="classifier. resnet18, resnet34, resnet50, resnet101, resnet152: ResNets as in the code of the"
+        " paper's authors. spectrum, channel_power: small classifiers for few training images. spectrum is meant for"
+        " --residual signed, and channel_power for --features vgg19. torchvision:NAME: a classifier of torchvision."
         " You can add names to models.build.CLASSIFIERS (default: the value in the checkpoint if there is one,"
         " otherwise resnet50)")  # fmt: skip
     add("--arch-args", action=KeyValues, nargs="+", metavar="KEY=VALUE",
         help="arguments of the classifier that --arch chooses")  # fmt: skip
     add("--input-channel", dest="in_channels", type=integer_from_1, metavar="N",
-        help="number of channels of the residual; not needed, because the features determine the number")  # fmt: skip
+        help="stop with an error if the residual does not have N channels; accepted because scripts of the paper's"
+        " authors give it")  # fmt: skip
     add("--no_dilation", dest="dilated", action="store_const", const=False,
         help="build layer3 and layer4 of the ResNet without dilated convolutions. All scripts of the paper's authors"
         " give this flag (default: the setting in the checkpoint if there is one, otherwise dilated"
@@ -246,7 +247,7 @@ def add_training_options(parser: Parser, batch_size: int, lr: float, schedule: s
         parser: the parser of the trainer.
         batch_size: default of --batch-size.
         lr: default of --lr.
-        schedule: name of the learning-rate schedule in the authors' code.
+        schedule: name of the learning-rate schedule in the code of the paper's authors.
         output: flag of the output folder, such as "--output-path", for the help texts of --resume and --overwrite.
     """
     add = parser.add_argument_group("optimizer").add_argument
@@ -255,8 +256,9 @@ def add_training_options(parser: Parser, batch_size: int, lr: float, schedule: s
     add("--lr", "--learning-rate", type=float_from_0, default=lr, metavar="X",
         help="base learning rate (default: %(default)s)")  # fmt: skip
     add("--schedule", choices=(schedule, "cosine"), default=schedule,
-        help=f"learning-rate schedule: {schedule} = as in the authors' code; cosine = a short warm-up, then a"
-        " decrease to 0 along a cosine. Use cosine if there are few epochs (default: %(default)s)")  # fmt: skip
+        help=f"learning-rate schedule: {schedule} = as in the code of the paper's authors; cosine = a short"
+        " warm-up, then a decrease to 0 along a cosine. Use cosine if there are few epochs (default:"
+        " %(default)s)")  # fmt: skip
     add("--clip-norm", type=float_from_0, metavar="X",
         help="if the total norm of all gradients is above X, scale it down to X (default: gradients are not"
         " scaled)")  # fmt: skip
@@ -264,8 +266,8 @@ def add_training_options(parser: Parser, batch_size: int, lr: float, schedule: s
     add = group.add_argument
     add("--resume", metavar="FILE|auto",
         help=f"FILE: continue the run that has saved its state in FILE. auto: continue the run in {output}, or start a"
-        f" new run if {output} holds no run. A FILE that holds only weights, such as a checkpoint of the authors,"
-        " starts a new run with these weights")  # fmt: skip
+        f" new run if {output} holds no run. A FILE that holds only weights, such as a checkpoint of the paper's"
+        " authors, starts a new run with these weights")  # fmt: skip
     add("--overwrite", action="store_true",
         help=f"start a new run in {output}, and delete the checkpoints and logged values of the earlier run in this"
         " folder")  # fmt: skip
@@ -278,7 +280,7 @@ def add_training_options(parser: Parser, batch_size: int, lr: float, schedule: s
 
 
 def add_ignored_options_of_authors(parser: Parser) -> None:
-    """Add flags of the authors' train.py and test.py that are accepted but have no effect."""
+    """Add flags of train.py and test.py of the paper's authors that are accepted but have no effect."""
     group = parser.add_argument_group("released")
     add_accepted_but_ignored_flags(
         group, "--dataset", "--dataset_type", "--start-epoch", "-p --print-freq", "--world-size", "--rank",
@@ -313,10 +315,12 @@ def create_train_sr_parser() -> Parser:
     add("--patch-size", type=integer_from_1, default=24, metavar="N",
         help="side length of a training patch in low-resolution pixels (default: %(default)s)")  # fmt: skip
     add("--patches-per-image", type=integer_from_1, default=1, metavar="N",
-        help="number of patches from each image per epoch; 1 in the authors' code (default: %(default)s)")  # fmt: skip
+        help="number of patches from each image per epoch; 1 in the code of the paper's authors (default:"
+        " %(default)s)")  # fmt: skip
     add("--start", choices=("random", "interpolation"), default="random",
-        help="initial weights of a new network: random = PyTorch's default, as in the authors' code; interpolation ="
-        " weights with which RDN enlarges images almost like bicubic interpolation (default: %(default)s)")  # fmt: skip
+        help="initial weights of a new network: random = PyTorch's default, as in the code of the paper's authors;"
+        " interpolation = weights with which RDN enlarges images almost like bicubic interpolation (default:"
+        " %(default)s)")  # fmt: skip
     add("--lr-decay", type=fraction, default=0.5, metavar="X",
         help="multiply the learning rate by X every --lr-decay-epoch epochs; X is between 0 and 1 (default:"
         " %(default)s)")  # fmt: skip

@@ -170,10 +170,11 @@ class Run(contextlib.AbstractContextManager):
         self.folder.delete_files_of_replaced_run()
 
     def _save_state_if_due(self, training: bool) -> None:
-        """Save the state if a signal was received, or if the last save is older than --save-minutes allows.
+        """Save the state if SIGINT or SIGTERM was received, or if the last save is older than --save-minutes allows.
 
-        After a signal, this method raises `Stopped`. In validation, the state is saved only after a signal. In
-        training, all processes stop after the same batch, so that no process waits forever for a stopped process.
+        After SIGINT or SIGTERM, this method raises `Stopped`. In validation, the state is saved only after SIGINT or
+        SIGTERM. In training, all processes stop after the same batch, so that no process waits forever for a stopped
+        process.
         """
         due = training and time.monotonic() - self.saved_at >= self.settings["save_minutes"] * 60
         signal_number = self.stop.received or 0
@@ -213,7 +214,7 @@ class Run(contextlib.AbstractContextManager):
 
         Raises:
             UserError: if an image cannot be used, and --skip-bad is not given.
-            Stopped: if the program has received a signal to stop.
+            Stopped: if the program has received SIGINT or SIGTERM.
         """
         if training and self.epoch_began is None:
             self.epoch_began, self.first_step = time.monotonic(), self.progress.step

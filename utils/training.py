@@ -18,8 +18,9 @@ from utils.errors import UserError
 logger = logging.getLogger(__name__)
 
 # A resumed run may change the settings in FREE_SETTINGS without a warning.
-# The paths of image folders and lists may change, because the setting "images" holds a digest of the images.
-# A resumed run always keeps its networks, so the options that choose networks may be left out.
+# FREE_SETTINGS contains the options that name image folders and lists, because image files may be moved.
+# If a resumed run uses other images, the changed setting "images" causes a warning.
+# FREE_SETTINGS contains the options that choose networks, because a resumed run always keeps its networks.
 FREE_SETTINGS = {
     "save_minutes", "keep_last", "gpu", "workers", "resume", "init", "overwrite", "output_path", "outputs_dir",
     "cache_dir", "cache_gb", "cache", "resynthesizer_file", "deterministic", "train_file", "eval_file", "real_roots",
@@ -115,9 +116,10 @@ def compute_constant_learning_rate_factor(epochs: float) -> float:
     return 1.0
 
 
-# A function that takes a batch, and returns the loss and a dict of other scalars to log, such as the accuracy.
-# If several processes share a batch, each process returns only what its own images contribute to these values.
-# The loss and the other scalars of the whole batch are the sums over the processes.
+# Type of a function that takes a batch, and returns the loss and a dict of other scalars to log, such as the accuracy.
+# If several processes share a batch, each process calls the function with its part of the batch.
+# The loss of the whole batch is the sum of the losses that the function returns in all processes.
+# Each other scalar of the whole batch is also the sum of the results of all processes.
 LossOf = Callable[[object], tuple[Tensor, Mapping[str, Tensor]]]
 
 
@@ -199,7 +201,7 @@ class Stepper:
         """Sum the gradients over the processes, and divide them by the scale of GradScaler.
 
         Returns:
-            the resulting gradient of each parameter that has a gradient.
+            a list of the summed gradients. A parameter whose `grad` is None has no entry in the list.
         """
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         distributed.all_reduce_gradients(parameters, self.world)
