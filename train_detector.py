@@ -39,7 +39,7 @@ from data.leaks import run_and_log_quick_leak_audit
 from data.lists import (
     ImageFlags,
     Item,
-    describe_and_hash_image_list,
+    describe_and_hash_image_files,
     hash_image_files,
     list_labelled_images,
     require_real_and_fake_images,
@@ -61,7 +61,7 @@ from utils.distributed import (
     all_reduce_sum,
     connect_processes,
 )
-from utils.errors import UserError, describe_exception, run_program
+from utils.errors import UserError, describe_exception, is_gpu_fault, run_program
 from utils.labels import FAKE, REAL
 from utils.optimizers import SCHEDULES, create_optimizer
 from utils.options import create_train_detector_parser
@@ -109,7 +109,8 @@ def main(args: Namespace) -> None:
         if args.batch_size > 1:
             require_equal_sizes(images.items, images.image_sizes)
             require_equal_sizes(val_images.items, val_images.image_sizes)
-        require_classifier_accepts_residual(detector, config["classifier"]["name"], images.image_sizes[0], compute)
+        for size in {images.image_sizes[0], *val_images.image_sizes[:1]}:
+            require_classifier_accepts_residual(detector, config["classifier"]["name"], size, compute)
         min_images = find_smallest_trainable_batch_size(detector, images.image_sizes, sampler, compute)
         if world.is_main:
             run_and_log_quick_leak_audit(images.items, val_images.items)
@@ -125,13 +126,15 @@ def main(args: Namespace) -> None:
         progress = stepper.progress
 
         # 5. Open the output folder. If a run is resumed, load its training state.
-        settings = vars(args) | {"precision": compute.precision, "images": describe_and_hash_image_list(images.items)}
-        settings["validation_images"] = describe_and_hash_image_list(val_images.items)
+        trained_on = hash_image_files(images.items)
+        settings = vars(args) | {"precision": compute.precision}
+        settings["images"] = describe_and_hash_image_files(images.items, trained_on)
+        settings["validation_images"] = describe_and_hash_image_files(
+            val_images.items, hash_image_files(val_images.items)
+        )
         run_files = stack.enter_context(open_run_folder(output / LAST, world, resumed, args.overwrite))
         stepper.load_state(resumed, settings)
-        state_of_networks = partial(
-            collect_weights_and_config, detector, config, torch.from_numpy(hash_image_files(images.items))
-        )
+        state_of_networks = partial(collect_weights_and_config, detector, config, torch.from_numpy(trained_on))
         run = Run(run_files, {"config": config, "settings": settings}, state_of_networks, stepper, args.epochs)
         stack.enter_context(run)
 
@@ -233,14 +236,15 @@ def require_classifier_accepts_residual(
         with torch.no_grad():
             logits = detector.classify(torch.zeros(1, *shape, device=compute.device))
     except (AssertionError, RuntimeError, ValueError) as error:
-        if not name.startswith(TORCHVISION):
+        if not name.startswith(TORCHVISION) or isinstance(error, torch.OutOfMemoryError) or is_gpu_fault(error):
             raise
         raise UserError(
             f"{name} cannot classify residuals of shape {shape} ({describe_exception(error)}): use another --crop-size,"
             " --resize or --arch"
         ) from error
-    if logits.shape != (1, 2):
-        raise UserError(f"the classifier {name} must return logits of shape (B, 2), got shape {tuple(logits.shape)}")
+    if not torch.is_tensor(logits) or logits.shape != (1, 2):
+        got = f"shape {tuple(logits.shape)}" if torch.is_tensor(logits) else type(logits).__name__
+        raise UserError(f"the classifier {name} must return logits of shape (B, 2), got {got}")
 
 
 def find_smallest_trainable_batch_size(

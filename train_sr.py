@@ -25,11 +25,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torchmetrics.functional.image import structural_similarity_index_measure
 
-from data.datasets import Batch, EpochBatchSampler, ImageDataset, Key, PatchDataset, make_loader
+from data.datasets import Batch, EpochBatchSampler, ImageDataset, Key, PatchDataset, RowKey, make_loader
 from data.degradations import degrade_patch
 from data.images import SizePolicy, select_usable_images
 from data.leaks import run_and_log_quick_leak_audit
-from data.lists import Item, describe_and_hash_image_list, list_image_paths
+from data.lists import Item, describe_and_hash_image_files, hash_image_files, list_image_paths
 from models.build import create_resynthesizer
 from models.features import VGG19, load_vgg
 from models.losses import compute_super_resolution_loss
@@ -96,8 +96,11 @@ def main(args: Namespace) -> None:
         # 4. Open the output folder. If a run is resumed, load its training state.
         output = Path(args.outputs_dir) / f"x{model.scale}"
         vgg, vgg_record = load_perceptual_vgg(args.vgg_lambda, args.vgg_weights, resumed, compute)
-        settings = vars(args) | {"precision": compute.precision, "images": describe_and_hash_image_list(items)}
-        settings["validation_images"] = describe_and_hash_image_list(eval_images.items)
+        settings = vars(args) | {"precision": compute.precision}
+        settings["images"] = describe_and_hash_image_files(items, hash_image_files(items))
+        settings["validation_images"] = describe_and_hash_image_files(
+            eval_images.items, hash_image_files(eval_images.items)
+        )
         run_files = stack.enter_context(open_run_folder(output / LAST, world, resumed, args.overwrite))
         stepper.load_state(resumed, settings)
         about = {"config": {"resynthesizer": config}, "vgg": vgg_record, "settings": settings}
@@ -195,7 +198,7 @@ class PatchDegradations(NamedTuple):
     completion: bool  # whether random pixels are turned black
     colorization: bool  # whether random pixels are turned grey
 
-    def degrade_patches(self, x_lr: Tensor, keys: list[tuple[int, int, int]]) -> Tensor:
+    def degrade_patches(self, x_lr: Tensor, keys: list[RowKey]) -> Tensor:
         """Degrade each patch of x_lr (B, 3, p, p) at random.
 
         Args:

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import train_sr
-from data.datasets import Batch
+from data.datasets import Batch, RowKey
 from data.lists import Item
 from models.build import CLASSIFIERS
 from models.features import Pixels, VGG19Stage, load_vgg
@@ -113,7 +113,7 @@ def make_noise_batch(case: Case) -> Batch:
     labels = torch.arange(case.images) % 2
     weights = torch.full((case.images,), 1 / case.images)
     items = [Item("noise", None, "")] * case.images
-    keys = [(0, i, 0) for i in range(case.images)]
+    keys = [RowKey(0, i, 0) for i in range(case.images)]
     return Batch(torch.from_numpy(pixels), labels, weights, items, keys, {})
 
 

@@ -424,20 +424,34 @@ def list_images_without_labels(paths: Sequence[str]) -> list[Item]:
 def describe_and_hash_image_list(items: Sequence[Item]) -> str:
     """Return one line of text: the number of images in a list, and one hash of all paths, labels and generators.
 
-    The hash is computed from paths relative to the common parent folder of all images. The hash stays the same if the
-    whole data set is moved, and if the program runs in another working folder.
+    The hash is computed from absolute paths, so that the line does not depend on the working folder.
     """
     folders = {folder: os.path.realpath(folder) for folder in {os.path.dirname(item.path) for item in items}}
-    common = os.path.commonpath(folders.values()) if folders else ""
-    folder_names = {folder: os.path.relpath(path, common) for folder, path in folders.items()}
     digest = hashlib.sha256()
     for path, label, generator in items:
         folder, name = os.path.split(path)
-        line = f"{folder_names[folder]}/{name}\0{label}\0{generator}\n"
-        digest.update(line.encode(errors="surrogateescape"))
+        digest.update(f"{folders[folder]}/{name}\0{label}\0{generator}\n".encode(errors="surrogateescape"))
+    return f"{_describe_numbers_of_images(items)}, {digest.hexdigest()[:16]}"
+
+
+def describe_and_hash_image_files(items: Sequence[Item], hashes: np.ndarray) -> str:
+    """Return one line of text: the number of images in a list, and one hash of all files, labels and generators.
+
+    The hash does not depend on the folders of the files, so that image files may be moved between two runs.
+
+    Args:
+        hashes: hashes of the image files, from `hash_image_files`.
+    """
+    digest = hashlib.sha256(hashes.tobytes())
+    for item in items:
+        digest.update(f"{item.label}\0{item.generator}\n".encode(errors="surrogateescape"))
+    return f"{_describe_numbers_of_images(items)}, {digest.hexdigest()[:16]}"
+
+
+def _describe_numbers_of_images(items: Sequence[Item]) -> str:
     counts = Counter(item.label for item in items)
     labels = f" ({counts[REAL]} real, {counts[FAKE]} fake)" if counts[None] < len(items) else ""
-    return f"{len(items)} images{labels}, {digest.hexdigest()[:16]}"
+    return f"{len(items)} images{labels}"
 
 
 def hash_image_files(items: Sequence[Item]) -> np.ndarray:

@@ -293,7 +293,7 @@ class Perturbation(NamedTuple):
             a new tensor, or `image` itself if the image is not perturbed.
 
         Raises:
-            UserError: if a function in SWEEP or FRANK2020 does not return a tensor of the type and shape of `image`.
+            TypeError: if a function in SWEEP or FRANK2020 does not return a tensor of the type and shape of `image`.
         """
         name, strength = self.setting
         if name == "none":
@@ -316,11 +316,11 @@ class Perturbation(NamedTuple):
 
 
 def _require_image_of_equal_shape(perturbed: Tensor, image: Tensor, name: str) -> Tensor:
-    """Return `perturbed`, or raise a UserError if its type or shape differs from `image`."""
+    """Return `perturbed`, or raise a TypeError if its type or shape differs from `image`."""
     if not torch.is_tensor(perturbed) or perturbed.dtype != image.dtype or perturbed.shape != image.shape:
         is_tensor = torch.is_tensor(perturbed)
         got = f"{perturbed.dtype} and {tuple(perturbed.shape)}" if is_tensor else type(perturbed).__name__
-        raise UserError(
+        raise TypeError(
             f"the perturbation {name} must return a tensor of type {image.dtype} and shape {tuple(image.shape)}, got"
             f" {got}"
         )

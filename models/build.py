@@ -16,6 +16,7 @@ and "none" have no weights and need no training.
 
 import inspect
 import logging
+import math
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Protocol
@@ -101,7 +102,7 @@ TORCHVISION_STRIDE = 32  # stride of the last feature map of most torchvision cl
 PAPER = {"resynthesizer": "rdn", "scale": 4, "stage": 0, "residual": "absolute", "classifier": "resnet50"}
 RESIDUALS = ("absolute", "signed")
 CHECKED_SIDE = 128  # approximate side length, in pixels, of the test image in `check_features`
-CHECKED_LOW_SIDE = 16  # side length, in pixels, of the low-resolution test image in `check_resynthesizer`
+CHECKED_LOW_SIDE = 32  # side length, in pixels, of the low-resolution test image in `check_resynthesizer`
 RDN_OPTIONS = ("num_features", "growth_rate", "num_blocks", "num_layers")  # options that only an RDN has
 OPTION_NAMES = (
     *("sr_arch", "sr_args", "scale", *RDN_OPTIONS),
@@ -147,19 +148,35 @@ def get_default_arguments(entries: Mapping, name: str) -> dict:
     """Return the default values of the constructor arguments of a network, or {} if `entries` does not contain `name`.
 
     Checkpoints store the default values, so that a later change of a default value in the source code does not change
-    trained networks. Only default values that are numbers, texts or bools are returned.
+    trained networks. Only default values that are finite numbers, texts or bools are returned.
 
     Args:
         entries: RESYNTHESIZERS, FEATURES or CLASSIFIERS.
     """
     if name not in entries:  # the name of a torchvision classifier, or a wrong name, which later raises a UserError
         return {}
-    fixed = {"scale", *getattr(entries[name], "keywords", {})}  # arguments that users cannot choose
+    parameters = list(inspect.signature(entries[name]).parameters.values())
+    fixed = set(getattr(entries[name], "keywords", {}))  # names of the arguments that the program sets
+    if entries is RESYNTHESIZERS:
+        fixed.add("scale")
+    elif entries is CLASSIFIERS:
+        fixed.add(parameters[0].name)  # the number of channels of the residual
     defaults = {}
-    for parameter in inspect.signature(entries[name]).parameters.values():
-        if parameter.name not in fixed and isinstance(parameter.default, (bool, int, float, str)):
+    for parameter in parameters:
+        is_plain = type(parameter.default) in (bool, int, str)
+        is_finite_float = type(parameter.default) is float and math.isfinite(parameter.default)
+        if parameter.name not in fixed and (is_plain or is_finite_float):
             defaults[parameter.name] = parameter.default
     return defaults
+
+
+def add_default_arguments(entries: Mapping, config: Mapping) -> dict:
+    """Return the config of a network, a dict with the keys "name" and "args", with the default arguments added.
+
+    Args:
+        entries: FEATURES or CLASSIFIERS.
+    """
+    return {"name": config["name"], "args": {**get_default_arguments(entries, config["name"]), **config["args"]}}
 
 
 def refuse_user_values_of_fixed_arguments(what: str, fixed: Iterable[str], arguments: Mapping) -> None:
@@ -183,7 +200,7 @@ def construct_network_or_raise_user_error(
 
     Options and checkpoints may contain wrong values, and constructors raise various exceptions for wrong values. A
     NameError or AttributeError is raised unchanged, because it shows a mistake in the source code of the network. If
-    `arguments` is empty, every exception is raised unchanged, because no option or checkpoint has caused it.
+    `arguments` contains only the scale, every exception is raised unchanged, because no wrong argument has caused it.
 
     Args:
         what: name of the network for the error message, such as "classifier resnet50".
@@ -194,7 +211,7 @@ def construct_network_or_raise_user_error(
     except (UserError, NameError, AttributeError):
         raise
     except Exception as error:
-        if not arguments:
+        if not arguments.keys() - {"scale"}:
             raise
         reason = f"{type(error).__name__}: {describe_exception(error)}"
         raise UserError(f"{what} cannot be created with the arguments {arguments}: {reason}") from None
@@ -605,10 +622,6 @@ def assemble_detector(
         entry "features_fingerprint" is None if the feature network has a method `load_pretrained`, because
         `load_pretrained` itself checks the fingerprint of the weights.
     """
-    for kind, entries in (("features", FEATURES), ("classifier", CLASSIFIERS)):
-        name_of_network, arguments = config[kind]["name"], config[kind]["args"]
-        complete = {**get_default_arguments(entries, name_of_network), **arguments}
-        config = {**config, kind: {"name": name_of_network, "args": complete}}
     features = create_network("feature network", FEATURES, config["features"]["name"], **config["features"]["args"])
     for attribute in ("channels", "stride"):
         if not isinstance(getattr(features, attribute, None), int):
@@ -638,6 +651,8 @@ def assemble_detector(
     detector = ResynthesisDetector(resynthesizer, features, classifier, signed=config["residual"] == "signed")
     complete = {
         **config,
+        "features": add_default_arguments(FEATURES, config["features"]),
+        "classifier": add_default_arguments(CLASSIFIERS, config["classifier"]),
         "resynthesizer_fingerprint": compute_fingerprint(resynthesizer),
         "vgg": vgg_record,
         "features_fingerprint": features_fingerprint,

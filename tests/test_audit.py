@@ -59,6 +59,7 @@ def test_audit_reads_the_training_images_of_a_tree_and_the_validation_images_of_
     arguments = ["--data-root", str(image_folders / "tree")]
     # "val" contains copies of the images in "train", but the audit of the training images leaves out "val"
     assert audit.main(arguments) == 0
+    assert "duplicates" not in capsys.readouterr().out
     table = image_folders / "val.csv"
     table.write_text(f"path,label\n{tree}/val/0_real/0.png,real\n{tree}/val/1_fake/0.png,fake\n")
     assert audit.main([*arguments, "--val-csv", str(table)]) == 1

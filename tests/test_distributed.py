@@ -119,7 +119,7 @@ def test_two_torchrun_processes_train_until_sigterm_and_write_the_same_scores_as
         time.sleep(0.1)
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=60)
-    assert "stopped by SIGTERM; its progress is saved: to continue, start it again" in err
+    assert "stopped by SIGTERM; the progress in its output files is saved: to continue, start it again" in err
     state = torch.load(tmp_path / "last.pth.tar", weights_only=True)
     assert state["progress"]["total_steps"] >= 3
     score = [str(ROOT / "test.py"), "--gpu", "cpu", "--workers", "0", "--resume", str(tmp_path / "last.pth.tar")]

@@ -1,5 +1,6 @@
 """Tests of networks, perturbations, metrics and auxiliary tasks that users add, as docs/extending.md shows."""
 
+import math
 import re
 import types
 from pathlib import Path
@@ -429,7 +430,7 @@ def test_features_with_a_wrong_stride_are_refused(training_files, tmp_path, monk
 def test_an_added_perturbation_that_returns_another_type_or_shape_is_refused(monkeypatch, wrong):
     monkeypatch.setitem(SWEEP, "wrong", Sweep(wrong, (1.0,)))
     perturbation = Perturbation(PerturbationSetting("wrong", 1.0), "sweep", seed=0)
-    with expect_user_error("perturbation wrong", "torch.uint8", "(3, 8, 8)"):
+    with pytest.raises(TypeError, match=r"perturbation wrong .* torch.uint8 and shape \(3, 8, 8\)"):
         perturbation(torch.zeros(3, 8, 8, dtype=torch.uint8))
 
 
@@ -446,10 +447,27 @@ def test_an_added_auxiliary_task_that_returns_another_shape_or_type_is_refused(d
         degrade_batch(degrade, torch.zeros(1, 3, 8, 8), [None])
 
 
+class ClassifierWithDefaultChannels(ThreeLogits):
+    """A classifier whose argument for the number of channels has a default value."""
+
+    def __init__(self, in_channels=3, width=4, ratio=math.inf):
+        super().__init__(in_channels)
+        self.linear = torch.nn.Linear(in_channels, 2)
+
+
+def test_the_channels_of_a_classifier_and_infinite_numbers_are_not_stored_as_default_arguments(
+    training_files, tmp_path, monkeypatch
+):
+    monkeypatch.setitem(build.CLASSIFIERS, "mine", ClassifierWithDefaultChannels)
+    run_training(make_arguments_of_train_detector(training_files, tmp_path, "--fixed-sr --epochs 1 --arch mine"))
+    config = read_checkpoint_content(tmp_path / "last.pth.tar")["config"]
+    assert config["classifier"] == {"name": "mine", "args": {"width": 4}}
+
+
 def test_an_added_perturbation_for_training_that_returns_another_type_is_refused(monkeypatch):
     monkeypatch.setattr(perturbations, "FRANK2020", {"wrong": lambda image, rng: image / 2})
     image = torch.zeros(3, 8, 8, dtype=torch.uint8)
-    with expect_user_error("perturbation wrong", "float32"):
+    with pytest.raises(TypeError, match="perturbation wrong .*torch.float32"):
         for seed in range(20):  # 20 attempts, because each perturbs the image only with probability 0.5
             perturbations.perturb_at_random(image, np.random.default_rng(seed))
 

@@ -15,6 +15,7 @@ from data.lists import (
     ImageFlags,
     Item,
     count_images_trained_on,
+    describe_and_hash_image_files,
     describe_and_hash_image_list,
     hash_image_files,
     list_image_paths,
@@ -329,15 +330,21 @@ def test_the_digest_of_a_list_depends_on_files_labels_and_order_but_not_on_the_w
         assert describe_and_hash_image_list(other) != digest
 
 
-def test_the_digest_of_a_list_stays_the_same_if_the_whole_data_set_is_moved(tmp_path):
-    digests = []
-    for place in ("job1", "job2"):
-        root = write_empty_files(tmp_path / place, "real/a.png", "fake/b.png")
-        items = [Item(f"{root}/real/a.png", REAL, ""), Item(f"{root}/fake/b.png", FAKE, "gan")]
-        digests.append(describe_and_hash_image_list(items))
-    assert digests[0] == digests[1]
-    swapped = [Item(f"{root}/fake/b.png", REAL, ""), Item(f"{root}/real/a.png", FAKE, "gan")]
-    assert describe_and_hash_image_list(swapped) != digests[0]
+def describe_files(*paths):
+    """Return the line of `describe_and_hash_image_files` for a real image and fake images at the given paths."""
+    items = [Item(str(path), FAKE if i else REAL, "") for i, path in enumerate(paths)]
+    return describe_and_hash_image_files(items, hash_image_files(items))
+
+
+def test_the_digest_of_image_files_stays_the_same_if_they_are_moved_and_changes_with_their_content(tmp_path):
+    for place, content in (("job1", b"123"), ("job2", b"123"), ("job3", b"124")):
+        (tmp_path / place).mkdir()
+        for name, data in (("a.png", content), ("b.png", b"5678")):
+            (tmp_path / place / name).write_bytes(data)
+    first, moved, changed = (describe_files(*sorted((tmp_path / f"job{i}").iterdir())) for i in (1, 2, 3))
+    assert first == moved and first.startswith("2 images (1 real, 1 fake), ")
+    assert changed != first
+    assert describe_files(tmp_path / "job1/b.png", tmp_path / "job1/a.png") != first
 
 
 def test_the_digest_of_images_without_labels_contains_no_numbers_of_real_and_fake_images(tmp_path):

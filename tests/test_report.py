@@ -106,16 +106,15 @@ def test_the_report_page_shows_metrics_robustness_misclassified_images_and_setti
         assert text in page.text, text
     places = [page.text.index(f"jpeg quality {quality}") for quality in (90, 60, 30)]
     assert places == sorted(places)  # the page lists the perturbations from weak (JPEG quality 90) to strong (30)
-    assert "were fitted to this table" not in page.text
     assert [path.name for path in (tmp_path / "new" / "out").iterdir()] == ["report.html"]
     assert len(page.pictures) == 2  # one figure of scores and one figure of robustness
     assert write_and_parse_page(tables, tmp_path / "again", resamples=20).source == page.source
 
 
-def test_the_report_page_says_if_the_thresholds_were_fitted_to_its_own_score_table(tmp_path):
-    rule = {"temperature": 2.0, "t_real": 0.25, "t_fake": 0.75, "source": "clean.csv"}
+def test_the_report_page_names_the_score_table_to_which_the_thresholds_were_fitted(tmp_path):
+    rule = {"temperature": 2.0, "t_real": 0.25, "t_fake": 0.75, "source": "validation.csv"}
     table = write_score_table(tmp_path, "clean", make_score_rows(), detector={"calibration": rule})
-    assert "were fitted to this table" in write_and_parse_page([table], tmp_path / "out").text
+    assert "fitted to a score table called validation.csv" in write_and_parse_page([table], tmp_path / "out").text
 
 
 def test_the_report_page_shows_html_in_names_as_text_and_loads_nothing_from_the_internet(tmp_path):

@@ -237,7 +237,12 @@ def test_resuming_an_older_checkpoint_of_the_same_folder_gives_a_warning_and_an_
     again = f"{flags} --overwrite --resume {tmp_path}/0001.pth.tar"
     run_training(make_arguments_of_train_detector(training_files, tmp_path, again))
     assert "--overwrite is not used" in caplog.text
-    assert "goes back to" in caplog.text and "best.pth.tar" in caplog.text
+    assert "goes back to epoch 1, trains 1 later epochs again" in caplog.text
+    caplog.clear()
+    run_training(
+        make_arguments_of_train_detector(training_files, tmp_path, f"{flags} --resume {tmp_path}/0002.pth.tar")
+    )
+    assert "goes back" not in caplog.text
 
 
 @pytest.mark.parametrize("name", ["super-resolution", "cached"])
@@ -257,6 +262,10 @@ def test_a_finished_training_is_kept_on_resume_and_replaced_with_overwrite(
     run_training(make_training_arguments(name, tmp_path / "other", "--resume", str(out / last)))
     assert (tmp_path / "other" / last).with_name("config.json").exists()
     assert read_checkpoint_content(tmp_path / "other" / last)["progress"]["epoch"] == epochs
+    run_training(make_training_arguments(name, tmp_path / "third", flag, "1"))
+    again = ("--resume", str(out / last), "--overwrite")
+    run_training(make_training_arguments(name, tmp_path / "third", *again))  # replaces the run in the folder "third"
+    assert read_checkpoint_content(tmp_path / "third" / last)["progress"]["epoch"] == epochs
     run_training(make_training_arguments(name, out, "--overwrite", flag, "1"))
     assert len(read_epoch_statistics_of_training((out / last).parent)) == 1
     assert read_checkpoint_content(out / last)["progress"]["epoch"] == 1

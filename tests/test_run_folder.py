@@ -30,6 +30,8 @@ from trainings import (
 )
 
 from models.rdn import RDN
+from utils import checkpoints
+from utils.errors import UserError
 from utils.run_folder import EVENTS, RECORD, RECORD_FORMAT, STATS
 
 pytestmark = pytest.mark.usefixtures("shrink_resnet18")
@@ -207,8 +209,8 @@ def test_files_of_an_earlier_run_are_kept_until_the_new_run_saves_a_checkpoint(
         with expect_user_error("--skip-bad"):
             run_training(arguments)
     else:
-        with monkeypatch.context() as patch, pytest.raises((OSError, ValueError), match="No space"):
-            patch.setattr(torch, "save", raise_disk_full)
+        with monkeypatch.context() as patch, pytest.raises(UserError, match="No space"):
+            patch.setattr(checkpoints, "open_for_atomic_write", raise_disk_full)
             run_training(arguments)
     after = read_file_contents_by_path(copied_run_folder)
     assert {name: after.get(name) for name in before} == before
@@ -243,8 +245,8 @@ def test_train_sr_keeps_its_initial_weights_file_until_it_has_saved_a_checkpoint
     assert read_checkpoint_content(out / "x2/last.pth")["epoch"] == 1 and not (out / "x2/epoch_1.pth").exists()
 
 
-def raise_disk_full(content, file):
-    """Raise the OSError of a full disk. This function replaces torch.save."""
+def raise_disk_full(path):
+    """Raise the OSError of a full disk. This function replaces `open_for_atomic_write`."""
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 

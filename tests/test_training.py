@@ -480,3 +480,11 @@ def test_batch_norm_can_be_trained_on_one_residual_only_if_it_is_larger_than_the
     except ValueError:
         possible = False
     assert possible == (max(size) > classifier.stride)
+
+
+def test_end_to_end_training_logs_the_learning_rates_of_the_classifier_and_the_resynthesizer(training_files, tmp_path):
+    flags = "--mode-sr none --lw-sr 0 --epochs 1 --lr 1e-4 --lr-sr 3"
+    run_training(make_arguments_of_train_detector(training_files, tmp_path, flags))
+    (values,) = read_epoch_statistics_of_training(tmp_path)
+    assert values["learning_rate"] == pytest.approx(3e-4)
+    assert values["resynthesizer_learning_rate"] == pytest.approx(1e-4)

@@ -1,6 +1,6 @@
 """Search image sets for leaks: properties besides the image content that separate real from fake images.
 
-    python -m tools.audit --data-root-pos REAL_DIR --data-root-neg FAKE_DIR [--val-root-pos DIR ...]
+    python -m tools.audit --data-root-pos REAL_DIR --data-root-neg FAKE_DIR [--val-root-pos DIR ...] [--val-csv FILE]
 
 For example, the file format is a leak if all real images are JPEG files and all fake images are PNG files.
 
@@ -43,7 +43,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--data-root",
         dest="tree",
         metavar="TREE",
-        help="folder of images, with one subfolder per generator: TREE/GENERATOR/0_real and TREE/GENERATOR/1_fake",
+        help="folder of images for training, with one subfolder per generator: TREE/GENERATOR/0_real and"
+        " TREE/GENERATOR/1_fake; folders for validation or test are left out",
     )
     parser.add_argument(
         "--csv",

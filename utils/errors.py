@@ -61,7 +61,9 @@ def run_program(main: Callable[[], int | None]) -> int:
     try:
         return main() or 0
     except Stopped as stopped:
-        text = "the program was stopped by %s; its progress is saved: to continue, start it again (%s)"
+        text = (
+            "the program was stopped by %s; the progress in its output files is saved: to continue, start it again (%s)"
+        )
         logger.warning(text, stopped, "training with --resume auto, test.py with the same --save_path")
         return stopped.exit_status
     except KeyboardInterrupt:

@@ -119,7 +119,7 @@ class Run(contextlib.AbstractContextManager):
         if self.world.is_main:
             from torch.utils.tensorboard import SummaryWriter  # imported here, because the import takes seconds
 
-            already_finished = folder.continued and self.first_epoch >= epochs
+            already_finished = folder.continued and self.first_epoch >= epochs and folder.last.exists()
             if not already_finished:
                 folder.write_config_and_trim_stats(about, self.first_epoch)
             self.writer = SummaryWriter(str(folder.path / EVENTS), purge_step=self.first_epoch + 1)
@@ -140,7 +140,7 @@ class Run(contextlib.AbstractContextManager):
             if self.stop.received:  # after a signal, other processes stop too, which can cause `error` in this one
                 raise Stopped(self.stop.received) from error
         # If a finished run is resumed into another folder, no epoch is trained, so this folder has no state yet.
-        if error is None and not self.folder.last.exists():
+        if error is None and (self.folder.replacing or not self.folder.last.exists()):
             self.save_state()
         if error is None and self.writer:
             self.writer.close()

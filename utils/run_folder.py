@@ -43,6 +43,7 @@ class RunFolder:
         self.record: dict = {}
         self.files: set[str] = set()  # names of the files that config.json lists
         self.continued = False  # whether this run continues an earlier run in the same folder
+        self.older = False  # whether this run continues from an older checkpoint than the last state in the folder
         self.replacing = False  # whether an earlier run's files must be deleted after this run has saved a state
         self.replaced: list[Path] = []  # checkpoints and TensorBoard files of an earlier run that must be deleted
 
@@ -67,11 +68,7 @@ class RunFolder:
                 logger.info(
                     "--overwrite is not used, because --resume continues the run in %s", make_printable(self.path)
                 )
-            if name != self.last.name and self.last.exists():
-                text = (
-                    "the run goes back to %s: it trains the later epochs again, and replaces their checkpoints and %s"
-                )
-                logger.warning("warning: " + text, make_printable(resumed.name), self.best.name)
+            self.older = self.last.exists() and state.resolve() != self.last.resolve()
         for path in sorted(self.path.iterdir()):
             if self._is_output_file_of_run(path.name) and path.name not in self.files:
                 return (
@@ -119,13 +116,18 @@ class RunFolder:
 
     def _keep_stats_of_first_epochs(self, epochs: int) -> None:
         """Keep the lines of the first `epochs` epochs in stats.jsonl, and delete all later lines."""
-        kept = []
+        kept, later = [], 0
         stats = self.path / STATS
         if epochs > 0 and stats.exists():
             for line in stats.read_text().splitlines(keepends=True):
                 complete = line.endswith("}\n")  # the last line may be incomplete after a power failure
                 if complete and json.loads(line)["epoch"] < epochs:
                     kept.append(line)
+                elif complete:
+                    later += 1
+        if later and self.older:
+            text = "warning: the run goes back to epoch %d, trains %d later epochs again and replaces their checkpoints"
+            logger.warning(text, epochs, later)
         with open_for_atomic_write(stats) as file:
             file.write("".join(kept).encode())
 
