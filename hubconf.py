@@ -17,7 +17,7 @@ PACKAGES = ("models", "data", "utils", "evaluation")
 
 
 def detector(checkpoint: str, **arguments):
-    """Load a trained detector. The arguments are the same as for `evaluation.load`."""
+    """Load a trained detector, with the arguments of `evaluation.load`."""
     imports = contextlib.nullcontext() if is_project_already_imported() else put_project_packages_first()
     with imports:
         from evaluation import load
@@ -35,8 +35,8 @@ def is_project_already_imported() -> bool:
 def put_project_packages_first() -> Iterator[None]:
     """Create a context in which import statements import the packages in PACKAGES from this checkout.
 
-    The calling program may have its own modules with names such as `models` or `data`. At the end of the `with` block,
-    the calling program's own modules are put back into `sys.modules`.
+    At the end of the `with` block, the calling program's own modules with the same names, such as `models`, are put
+    back into `sys.modules`.
     """
     callers = pop_modules_with_project_package_names()
     sys.path.insert(0, str(CHECKOUT))
@@ -49,9 +49,6 @@ def put_project_packages_first() -> Iterator[None]:
 
 
 def pop_modules_with_project_package_names() -> dict:
-    """Remove the packages in PACKAGES and their submodules from `sys.modules`.
-
-    Returns a dict from the name of each removed module to the module.
-    """
+    """Remove the packages in PACKAGES and their submodules from `sys.modules`, and return them by name."""
     names = [name for name in sys.modules if name.partition(".")[0] in PACKAGES]
     return {name: sys.modules.pop(name) for name in names}

@@ -3,8 +3,7 @@
     python test.py --resume DETECTOR --data-root-pos REAL_DIR --data-root-neg GENERATED_DIR --save_path output/mine
     python test.py --resume DETECTOR --input a.png photos/
 
-test.py first writes the scores, and then computes metrics from the written scores. With the option --save_path P, the
-program writes these files:
+With the option --save_path P, test.py writes these files:
 
     P.csv     the scores, one row per image
     P.npy     the logits of the images, float32 (N, 2), with the columns FAKE and REAL
@@ -68,7 +67,7 @@ HEADERS = 32  # maximum number of image headers that are read to choose the numb
 def main(args: Namespace) -> int:
     compute = choose_device_and_precision(args.gpu, args.precision, args.deterministic, args.seed)
     with connect_processes(compute.device.type) as world, StopSignal() as stop, contextlib.ExitStack() as stack:
-        # 1. Find the images and load the detector. Mistakes in the arguments are reported before any file is written.
+        # 1. Find the images and load the detector (no file is written before step 2)
         if not args.resume:
             raise UserError("no detector is given: give the checkpoint of a detector with --resume")
         if world.size > 1 and not args.save_path:
@@ -80,9 +79,9 @@ def main(args: Namespace) -> int:
         detector.network.set_tile_side(args.tile)
         trained_on = count_training_images_among_scored_images(items, detector) if world.is_main else 0
 
-        # 2. Choose the output files. An existing file is replaced only if test.py wrote it.
+        # 2. Choose the output files
         save_path = args.save_path or stack.enter_context(tempfile.TemporaryDirectory()) + "/scores"
-        base = path_without_suffix(save_path)  # the path P of the output files P.csv, P.npy, P.json and P.png
+        base = path_without_suffix(save_path)
         places = choose_output_paths(base, args.save_residuals, perturbations, items)
         inputs = [args.resume, args.resynthesizer_file, args.vgg_weights, args.csv, *(item.path for item in items)]
         read_files = {device_and_inode(path) for path in inputs if path} - {None}
@@ -143,9 +142,7 @@ def list_images_to_score(inputs: list[str] | None, labelled: tuple) -> list[Item
     """List the images to score: the unlabelled images of --input, or the labelled images of folders or a CSV file.
 
     Args:
-        inputs: the paths that follow --input, or None.
-        labelled: the values of --data-root-pos, --data-root-neg, --data-root and --csv. An option that the user does
-            not give has the value None.
+        labelled: the values of --data-root-pos, --data-root-neg, --data-root and --csv, each None if not given.
     """
     if inputs and any(labelled):
         raise UserError(
@@ -210,10 +207,7 @@ def describe_perturbation(perturbation: PerturbationSetting, protocol: str, seed
 
 
 def describe_scoring_settings(detector: Detector, items: list[Item]) -> dict:
-    """Return a dict of everything that the scores depend on, except the perturbation and the content of image files.
-
-    The function `main` adds the entry "perturbation" to the returned dict.
-    """
+    """Return a dict of everything that the scores depend on, except the perturbation and the content of image files."""
     identity = detector.describe_model()
     vgg = identity.get("vgg")
     # The entry "vgg" keeps only the fingerprint of the VGG-19 weights, because their path does not affect the scores.
@@ -237,9 +231,7 @@ def read_unscored_batches(
     """Read the images that must still be scored, and yield batches of images of equal size.
 
     Args:
-        batch_size: maximum number of images per batch. If `batch_size` is None, the images of a batch have at most
-            BATCH_PIXELS pixels in total. An image with more than BATCH_PIXELS pixels is a batch of its own.
-        workers: number of processes that read images.
+        batch_size: maximum number of images per batch, or None to limit the pixels of a batch to BATCH_PIXELS.
     """
     if batch_size:
         block, pixels = batch_size, math.inf
@@ -270,7 +262,7 @@ class OneImageBatches(Sequence):
     A `Key` is created in `__getitem__`, because a list of millions of `Key`s would take much memory.
 
     Args:
-        indices: dataset indices (N,) of the images. Each batch contains one image.
+        indices: dataset indices (N,) of the images.
     """
 
     def __init__(self, indices: np.ndarray):
@@ -287,9 +279,6 @@ def score_images(
     detector: Detector, batches: Iterable[Batch], writer: ScoreWriter, pictures: ResidualPictures, stop: StopSignal
 ) -> None:
     """Score each image in the batches, and write one row per image to the score table.
-
-    With the option --save-residuals, also draw one picture per image, which shows the image, its re-synthesis and its
-    residual.
 
     Raises:
         Stopped: after the current batch, if the program has received a signal to stop.
@@ -310,13 +299,12 @@ def score_images(
 def score_batch(
     detector: Detector, batch: Batch, pictures: ResidualPictures, logged_errors: set[str]
 ) -> dict[int, Row]:
-    """Score a batch of images. Returns a dict from the index of each image to its row of the score table.
+    """Score a batch of images, and return a dict from the index of each image to its row of the score table.
 
     If scoring a batch fails, the images of the batch are scored one by one, so that one bad image does not end the run.
 
     Args:
-        logged_errors: descriptions of the errors whose traceback has been logged. If the batch cannot be scored, this
-            function adds the description of the error to `logged_errors`, and logs the traceback only of a new error.
+        logged_errors: descriptions of the errors whose traceback has been logged, to which a new error is added.
     """
     indices = [key.index for key in batch.keys]
     if not pictures.paths:
@@ -339,14 +327,13 @@ def score_batch(
 
 
 def score_one_image(detector: Detector, item: Item, image: Tensor, pictures: ResidualPictures, index: int) -> Row:
-    """Score one image. With the option --save-residuals, also draw a picture of the image's residual.
+    """Score one image, and with the option --save-residuals also draw a picture of the image's residual.
 
     Args:
         image: uint8 (3, H, W).
 
     Returns:
-        The row of the image in the score table. If the image cannot be scored, or its residual cannot be drawn, the row
-        holds an error message instead of a score.
+        the row of the image in the score table, with an error message if the image cannot be scored or drawn.
 
     Raises:
         Exception: if the machine has a fault, such as a full disk or a failed GPU.
@@ -378,11 +365,10 @@ def write_result_files(base: Path, writer: ScoreWriter, record: dict, seed: int)
 
     Args:
         record: entries that are written to the .json file, together with the metrics and the version numbers.
-        seed: random seed of the bootstrap, which estimates the uncertainty of the metrics.
+        seed: random seed of the bootstrap for the metrics.
 
     Returns:
-        a tuple of the score table and the metrics of its scores. The metrics are None if no image has both a label and
-        a score.
+        the score table and its metrics. The metrics are None if no image has both a label and a score.
     """
     table = read_table(f"{base}.csv")
     with open_for_atomic_write(f"{base}.npy") as file:
@@ -403,7 +389,6 @@ def write_result_files(base: Path, writer: ScoreWriter, record: dict, seed: int)
         draw_roc_and_histograms(table, figure)
     else:
         # An older .png file is deleted, because it shows the scores of an earlier run.
-        # `refuse_to_replace_files_of_other_programs` has checked that test.py wrote the older .png file.
         figure.unlink(missing_ok=True)
     writer.delete_partial_tables()
     return table, metrics
@@ -424,7 +409,7 @@ def format_verdicts_or_metrics(
     from evaluation.metrics import format_metrics, format_perturbation_table
 
     summaries = {label: metrics for label, (_, metrics) in results.items() if metrics}
-    # All metrics are printed only for the first perturbation. A table shows the AUROC for each perturbation.
+    # All metrics are printed only for the first perturbation.
     if summaries:
         label, metrics = next(iter(summaries.items()))
         if len(results) > 1:

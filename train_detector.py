@@ -1,7 +1,4 @@
-"""Train the detector, with a frozen re-synthesizer (step 2) or end to end (step 3).
-
-Step 2 trains the classifier on the residuals of a frozen re-synthesizer. Step 3 fine-tunes the classifier and the
-re-synthesizer together.
+"""Train the classifier with a frozen re-synthesizer (step 2), or fine-tune both networks end to end (step 3).
 
     python train_detector.py --fixed-sr --sr-weights-file output_hr/x4/best.pth --no_dilation \\
         --data-root-pos REAL_DIR --data-root-neg GENERATED_DIR --output-path output_end2end/mine
@@ -78,7 +75,7 @@ LAST = "last.pth.tar"
 def main(args: Namespace) -> None:
     compute = choose_device_and_precision(args.gpu, args.precision, args.deterministic, args.seed)
     with connect_processes(compute.device.type) as world, contextlib.ExitStack() as stack:
-        # 1. List the images. No file is written before the images, their sizes and the networks have been checked.
+        # 1. List the images (no file is written before step 5)
         require_consistent_options(args.auxiliary, args.fixed_resynthesizer, args.crops, args.crop_size)
         items = list_labelled_images(args.real_roots, args.fake_roots, args.tree, args.csv, training=True)
         val_items = list_validation_images(args.val_real_roots, args.val_fake_roots, args.val_csv)
@@ -125,7 +122,7 @@ def main(args: Namespace) -> None:
         stepper = Stepper(optimizer, compute, world, partial(schedule, args.epochs), sampler.steps, args.clip_norm)
         progress = stepper.progress
 
-        # 5. Open the output folder. If a run is resumed, load its training state.
+        # 5. Open the output folder, and load the training state of a resumed run
         trained_on = hash_image_files(images.items)
         settings = vars(args) | {"precision": compute.precision}
         settings["images"] = describe_and_hash_image_files(images.items, trained_on)
@@ -190,7 +187,7 @@ def require_consistent_options(task: str, fixed: bool, crops: int, crop_size: in
 
 
 def list_validation_images(real_roots: list[str] | None, fake_roots: list[str] | None, csv: str | None) -> list[Item]:
-    """List the validation images. Returns an empty list if no option names validation images."""
+    """List the validation images, or return an empty list if no option names validation images."""
     if not (real_roots or fake_roots or csv):
         return []
     flags = ImageFlags("--val-root-pos", "--val-root-neg", "--val-csv FILE")
@@ -207,9 +204,7 @@ def create_dataset(
     """Create a dataset of the images whose files can be read and whose sizes fit `policy`.
 
     Args:
-        policy: how images are resized and cropped, and the smallest image side for which residuals can be computed.
-        skip_bad: whether to leave out images that cannot be used. If `skip_bad` is False, such an image raises a
-            UserError.
+        skip_bad: whether to leave out images that cannot be used, instead of raising a UserError.
     """
     items, headers = select_usable_images(items, policy, skip_bad)
     return ImageDataset(items, policy, augmentation, transform, headers)
@@ -221,13 +216,11 @@ def require_classifier_accepts_residual(
     """Classify a residual of zeros, so that a classifier that cannot be used is refused before the training.
 
     Args:
-        name: name of the classifier, for error messages.
         size: height and width of a training image, in pixels.
 
     Raises:
-        UserError: if a torchvision classifier refuses residuals of this size. The vision transformers of torchvision,
-            for example, accept only one size. An exception of a classifier that is not from torchvision is raised
-            unchanged, because the traceback shows the mistake in the classifier's source code.
+        UserError: if a torchvision classifier refuses residuals of this size. An exception of a classifier that is not
+            from torchvision is raised unchanged, because the traceback shows the mistake in the source code.
         UserError: if the classifier does not return logits (B, 2).
     """
     shape = detector.residual_shape(*size)
@@ -252,8 +245,8 @@ def find_smallest_trainable_batch_size(
 ) -> int:
     """Return the smallest batch size with which the classifier can be trained: 1 or 2.
 
-    Batch norm can be trained only if a batch has at least two values per channel. If the classifier's last feature map
-    has only one value per channel, batch norm therefore needs batches of at least two images.
+    Batch norm needs batches of at least two images if the classifier's last feature map has only one value per channel,
+    because batch norm can be trained only with at least two values per channel.
 
     Raises:
         UserError: if batch norm needs two or more images, but a process gets a batch of one image.
@@ -293,8 +286,7 @@ def build_detector(options: dict, last: Path) -> tuple[ResynthesisDetector, dict
         last: path of last.pth.tar, the checkpoint that `--resume auto` loads.
 
     Returns:
-        a tuple of the detector, its config, and the checkpoint from which this run resumes. The checkpoint is None if
-        this run is a new run.
+        the detector, its config, and the checkpoint from which this run resumes, or None if this run is a new run.
     """
     origin, resumed = read_starting_checkpoint(options["resume"], options["init"], [last])
     resumed = choose_state_to_resume(resumed, last, options["fixed_resynthesizer"], options["auxiliary"])
@@ -328,8 +320,7 @@ def log_networks(config: dict) -> None:
 def load_vgg_for_auxiliary_loss(config: dict, weight: float, source: str, compute: Compute) -> VGG19 | None:
     """Load VGG-19 for the auxiliary loss, and record in the config which weights were loaded.
 
-    A resumed run uses the VGG-19 weights with which it began. A detector whose features come from VGG-19 uses the same
-    VGG-19 weights for the auxiliary loss.
+    A detector whose features come from VGG-19 uses the same VGG-19 weights for the auxiliary loss.
 
     Returns:
         VGG-19, or None if the weight of the auxiliary loss is 0.
@@ -345,8 +336,7 @@ def load_vgg_for_auxiliary_loss(config: dict, weight: float, source: str, comput
 def choose_state_to_resume(resumed: Checkpoint | None, last: Path, fixed: bool, task: str) -> Checkpoint | None:
     """Decide whether this run continues the training that saved the checkpoint `resumed`.
 
-    A training can be continued only with the values of --fixed-sr and --mode-sr with which it began. With other values,
-    this run starts a new training from the weights in the checkpoint.
+    A training can be continued only with the values of --fixed-sr and --mode-sr with which it began.
 
     Returns:
         `resumed`, or None if this run starts a new training.
@@ -385,8 +375,7 @@ def cross_entropy_and_accuracy(detector: ResynthesisDetector, residual: Tensor, 
         residual: the residuals of the batch, (B, C_l, H_l, W_l).
 
     Returns:
-        The cross-entropy and the accuracy, as scalars. If a batch is split over several processes, the results of the
-        processes add up to the cross-entropy and the accuracy of the whole batch.
+        two scalars, whose sums over all processes are the cross-entropy and the accuracy of the whole batch.
     """
     labels = batch.labels.to(residual.device)  # (B,)
     weights = batch.weights.to(residual.device)  # (B,)
@@ -399,17 +388,14 @@ def cross_entropy_and_accuracy(detector: ResynthesisDetector, residual: Tensor, 
 def residual_without_gradients(
     detector: ResynthesisDetector, compute: Compute, micro_batch: int | None, batch: Batch
 ) -> Tensor:
-    """Compute the residuals of a batch of images. No gradients are computed.
-
-    If the batch holds residuals from the cache, they are copied to the device and converted to float32.
+    """Compute the residuals of a batch of images, without gradients.
 
     Args:
-        micro_batch: number of images whose residuals are computed at a time. If `micro_batch` is None, the residuals of
-            the whole batch are computed at once.
+        micro_batch: number of images whose residuals are computed at a time, or None for the whole batch.
         batch: a batch of images, or a batch of cached residuals from a `data.residuals.ResidualDataset`.
 
     Returns:
-        The residuals, float32 (B, C_l, H_l, W_l), on the device of the networks.
+        the residuals, float32 (B, C_l, H_l, W_l), on the device of the networks.
     """
     if batch.x.is_floating_point():  # cached residuals are floats, and images are uint8
         residual = batch.x.to(compute.device, non_blocking=True).float()
@@ -431,12 +417,9 @@ def loss_with_frozen_resynthesizer(
 
 
 class AuxiliaryTask(NamedTuple):
-    """Settings of the auxiliary task.
+    """Settings of the auxiliary task, which trains the re-synthesizer to restore real images."""
 
-    In end-to-end training, the auxiliary task trains the re-synthesizer to restore real images.
-    """
-
-    name: str  # name of the auxiliary task, a key of data.degradations.TASKS
+    name: str  # a key of data.degradations.TASKS
     weight: float  # factor on the auxiliary loss
     vgg: VGG19 | None  # VGG-19 of the auxiliary loss; None if there is no auxiliary loss
     seed: int  # seed of the random degradations
@@ -453,11 +436,10 @@ def end_to_end_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Compute the loss of a batch for end-to-end training: cross-entropy + weight * auxiliary loss.
 
-    The auxiliary loss is computed on the real images. The auxiliary loss is 0 if the batch has fewer than two real
-    images.
+    The auxiliary loss is computed on the real images, and is 0 if the batch has fewer than two real images.
 
     Release: for the auxiliary loss, the code of the paper's authors degrades each batch with probability 0.5. With
-    `--mode-sr none`, their code computes the auxiliary loss on undegraded images in every step.
+    `--mode-sr none`, the code of the authors computes the auxiliary loss on undegraded images in every step.
     """
     x = compute.images_to_float(batch.x)  # (B, 3, H, W)
     counted = batch.weights > 0  # (B,); an image with weight 0 repeats an image of another process
@@ -486,9 +468,7 @@ def downsample_and_degrade_images(
 ) -> Tensor | None:
     """Downsample a batch of images, and add random degradations, such as noise, to the low-resolution images.
 
-    Random choices for the whole batch, such as whether to degrade the batch, depend only on the seed, the epoch and the
-    training step. Random choices for one image, such as its noise, depend only on the seed, the epoch and the index of
-    the image's entry in the dataset.
+    The random choices depend only on the seed, the epoch, the training step and the keys of the images.
 
     Returns:
         the degraded low-resolution batch (B, 3, h, w), or None if the batch is not degraded.
@@ -509,14 +489,10 @@ def compute_in_micro_batches(
     degraded: Tensor | None,
     real: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Call `compute_residuals_and_auxiliary_losses` on micro-batches, and concatenate the results.
+    """Call `compute_residuals_and_auxiliary_losses` on `micro_batch` images at a time, and concatenate the results.
 
     To save memory, the backward pass computes the activations of each micro-batch again (gradient checkpointing). If
     the re-synthesizer has no batch norm, micro-batches give the same gradients as the whole batch at once.
-
-    Args:
-        micro_batch: number of images per micro-batch.
-        detector, vgg, x, degraded, real: the arguments of `compute_residuals_and_auxiliary_losses`.
     """
     residuals, losses = [], []
     for start in range(0, len(x), micro_batch):
@@ -541,11 +517,7 @@ def create_cached_datasets(
     compute: Compute,
     world: World,
 ) -> list[ResidualDataset]:
-    """Create a dataset of cached residuals for each dataset of images.
-
-    Returns:
-        a list of the created datasets, in the order of `datasets`. The list is empty if residuals cannot be cached.
-    """
+    """Create a dataset of cached residuals for each dataset of images, or return [] if residuals cannot be cached."""
     code = [hash_source_code(network) for network in (detector.resynthesizer, detector.features)]
     key = residual_cache_key(config, compute_fingerprint(detector.features), code, datasets[0].policy, compute)
     return create_residual_datasets(datasets, detector.residual_shape, key, cache, world)
@@ -556,13 +528,8 @@ def residual_cache_key(
 ) -> dict[str, object]:
     """Return a dict of all settings that change residuals, such as the networks, the crop size and the precision.
 
-    The name of the cache folder depends on the returned dict, so that a run reads only residuals that were computed
-    with the same settings.
-
     Args:
-        features_fingerprint: fingerprint of the weights of the feature network.
-        code: results of `hash_source_code` for the re-synthesizer and for the feature network. The dict contains these
-            hashes, because a change of the source code can change the residuals.
+        code: results of `hash_source_code` for the re-synthesizer and for the feature network.
     """
     return {
         "re-synthesizer": config["resynthesizer"],
@@ -592,9 +559,9 @@ def hash_source_code(module: nn.Module) -> str | None:
 def compute_validation_metrics(
     detector: ResynthesisDetector, batches: Iterable[Batch], residual_of: Callable[[Batch], Tensor], world: World
 ) -> dict[str, float | None]:
-    """Compute the loss, the accuracy and the AUROC on the validation images.
+    """Compute the loss, the accuracy and the AUROC (fake images are positive) on the validation images.
 
-    For the AUROC, fake images are the positive class. The AUROC is NaN if a logit is not finite.
+    The AUROC is NaN if a logit is not finite.
     """
     detector.eval()
     labels = [torch.empty(0, dtype=torch.int64)]
@@ -642,8 +609,7 @@ def collect_weights_and_config(detector: ResynthesisDetector, config: dict, trai
 def collect_contents_of_numbered_checkpoints(state: dict) -> dict[str, dict]:
     """Return a dict from file name to content for the two checkpoints of an epoch.
 
-    NNNN.pth.tar contains the detector, and NNNN_sr.pth.tar contains the re-synthesizer. NNNN is the number of the
-    epoch, counted from 1.
+    The file names contain the number of the epoch, counted from 1.
 
     Release: the file names and the file formats are the same as in the code of the paper's authors.
     """

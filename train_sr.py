@@ -49,15 +49,13 @@ logger = logging.getLogger("train_sr")
 
 LAST = "last.pth"
 SHOWN_IMAGES = 4  # number of training images whose patches are shown in TensorBoard
-# A mean squared error below SMALLEST_MSE is replaced by SMALLEST_MSE, so that PSNR is at most 58.9 dB.
-# SMALLEST_MSE is the mean squared error that rounding pixels to 8 bits causes.
-SMALLEST_MSE = 1 / (12 * 255**2)
+SMALLEST_MSE = 1 / (12 * 255**2)  # mean squared error that rounding pixels to 8 bits causes
 
 
 def main(args: Namespace) -> None:
     compute = choose_device_and_precision(args.gpu, args.precision, args.deterministic, args.seed)
     with connect_processes(compute.device.type) as world, contextlib.ExitStack() as stack:
-        # 1. Build the network. No file is written before the network and the images have been checked.
+        # 1. Build the network (no file is written before step 4)
         states = sorted(Path(args.outputs_dir).glob(f"x{args.scale or '*'}/{LAST}"))
         origin, resumed = read_starting_checkpoint(args.resume, args.init, states)
         model, config = create_resynthesizer(origin, vars(args))
@@ -93,7 +91,7 @@ def main(args: Namespace) -> None:
         stepper = Stepper(optimizer, compute, world, rate_factor, sampler.steps, args.clip_norm)
         progress = stepper.progress
 
-        # 4. Open the output folder. If a run is resumed, load its training state.
+        # 4. Open the output folder, and load the training state of a resumed run
         output = Path(args.outputs_dir) / f"x{model.scale}"
         vgg, vgg_record = load_perceptual_vgg(args.vgg_lambda, args.vgg_weights, resumed, compute)
         settings = vars(args) | {"precision": compute.precision}
@@ -107,7 +105,7 @@ def main(args: Namespace) -> None:
         run = Run(run_files, about, partial(collect_weights_and_fingerprint, model), stepper, args.num_epochs)
         stack.enter_context(run)
 
-        # 5. Train on patches. The order of the patches depends only on the seed and the epoch.
+        # 5. Train on patches
         patches = PatchDataset(items, args.patch_size, model.scale, args.patches_per_image, args.seed)
         loader = make_loader(patches, sampler, args.workers, compute)
         degradations = PatchDegradations(args.seed, args.augment, args.completion, args.colorization)
@@ -139,8 +137,7 @@ def set_initial_weights(model: nn.Module, start: str) -> None:
     """Set the initial weights of a new network.
 
     Args:
-        start: "random" keeps PyTorch's random weights. "interpolation" calls the network's method
-            `initialize_as_interpolation`, so that the untrained network enlarges images by interpolation.
+        start: "random" keeps PyTorch's random weights, and "interpolation" calls `model.initialize_as_interpolation`.
     """
     if start == "random":
         return
@@ -153,7 +150,6 @@ def list_unlabelled_images(source: str | None, flag: str) -> list[Item]:
     """List the images of a list file or a folder as `Item`s without labels.
 
     Args:
-        source: path of the list file or folder.
         flag: the command-line option that sets `source`, for error messages.
     """
     if source is None:
@@ -177,8 +173,7 @@ def load_perceptual_vgg(
     """Load VGG-19 for the perceptual loss. A resumed run uses the VGG-19 weights with which it began.
 
     Returns:
-        VGG-19, and the dict with which `load_vgg` describes the VGG-19 weights. If the weight of the perceptual loss is
-        0, the function returns (None, None).
+        VGG-19 and the dict that describes its weights, or (None, None) if the weight of the perceptual loss is 0.
     """
     if weight == 0:
         return None, None
@@ -199,11 +194,10 @@ class PatchDegradations(NamedTuple):
     colorization: bool  # whether random pixels are turned grey
 
     def degrade_patches(self, x_lr: Tensor, keys: list[RowKey]) -> Tensor:
-        """Degrade each patch of x_lr (B, 3, p, p) at random.
+        """Degrade each patch of x_lr (B, 3, p, p) at random, depending only on `keys` and `self.seed`.
 
         Args:
-            keys: for each patch, the epoch, the index of the image, and the index of the patch in the image. The
-                random numbers for a patch depend only on its key and on `self.seed`.
+            keys: for each patch, the epoch, the index of the image, and the index of the patch in the image.
         """
         if not (self.augment or self.completion or self.colorization):
             return x_lr
@@ -225,9 +219,7 @@ def compute_patch_loss(
     """Compute the loss of a batch of high-resolution patches.
 
     Returns:
-        the loss, and the dict {"l1": L1 term of the loss}. The loss and its L1 term are scalars. If a batch is split
-        over several processes, the loss of the whole batch is the sum of the losses that the processes return. The L1
-        term of the whole batch is the sum of the L1 terms that the processes return.
+        the loss and the dict {"l1": L1 term of the loss}, two scalars to be summed over all processes.
     """
     x = compute.images_to_float(batch.x)  # (B, 3, P, P)
     x_lr = degradations.degrade_patches(downsample(x, model.scale), batch.keys)  # (B, 3, p, p)
@@ -249,9 +241,8 @@ def write_patch_pictures(
 ) -> None:
     """Write pictures of the first training patches to TensorBoard.
 
-    Each picture shows the low-resolution input, the re-synthesis and the target of a patch side by side. The patches
-    and their degradations are the same in every epoch, so that pictures of different epochs can be compared. To draw
-    the pictures, the network is switched to evaluation mode, and stays in this mode.
+    The patches and their degradations are the same in every epoch, so that pictures of different epochs can be
+    compared. After drawing, the network stays in evaluation mode.
     """
     if run.writer is None:
         return
@@ -276,10 +267,7 @@ def write_patch_pictures(
 def compute_mean_psnr_and_ssim(
     model: nn.Module, batches: Iterable[Batch], compute: Compute, world: World
 ) -> dict[str, float]:
-    """Compute the mean PSNR (dB) and the mean SSIM of enlarged images, for the network and for bicubic interpolation.
-
-    The enlarged images are compared with the RGB images in `batches`.
-    """
+    """Compute the mean PSNR (dB) and SSIM of enlarged RGB images, for the network and for bicubic interpolation."""
     model.eval()
     sums = torch.zeros(5, device=compute.device, dtype=torch.float64)
     for batch in batches:
@@ -303,13 +291,13 @@ def compute_psnr_and_ssim_of_one_image(y: Tensor, x: Tensor) -> tuple[float, flo
     The PSNR is at most 58.9 dB, because SMALLEST_MSE replaces smaller mean squared errors.
 
     Args:
-        y: the enlarged image, (1, 3, H, W). The function clips y to [0, 1].
+        y: the enlarged image, (1, 3, H, W), which is clipped to [0, 1].
         x: the original image, (1, 3, H, W) in [0, 1].
     """
     y = y.float().clamp(0, 1).contiguous()
     mse = F.mse_loss(y, x).clamp(min=SMALLEST_MSE)
     psnr = -10 * torch.log10(mse)
-    # SSIM uses a Gaussian window of 11 x 11 pixels. If the image is smaller, SSIM uses a smaller, uniform window.
+    # If the image is smaller than the Gaussian window of 11 x 11 pixels, SSIM uses a smaller, uniform window.
     smallest_side = min(x.shape[-2:])
     window = min(11, (smallest_side - 1) // 2 * 2 + 1)
     ssim = structural_similarity_index_measure(y, x, data_range=1.0, gaussian_kernel=window == 11, kernel_size=window)
@@ -317,12 +305,7 @@ def compute_psnr_and_ssim_of_one_image(y: Tensor, x: Tensor) -> tuple[float, flo
 
 
 def warn_if_psnr_is_below_bicubic(values: dict[str, float]) -> None:
-    """Warn if the PSNR of the network is lower than the PSNR of bicubic interpolation.
-
-    Args:
-        values: a dict that may contain the result of `compute_mean_psnr_and_ssim`. If `values` contains no PSNR, the
-            function does not warn.
-    """
+    """Warn if `values` contains a PSNR of the network that is lower than the PSNR of bicubic interpolation."""
     if values.get("psnr", 0) < values.get("psnr_bicubic", 0):
         logger.warning("warning: the network has a lower PSNR than bicubic interpolation: train the network longer")
 
@@ -359,8 +342,6 @@ def evaluate_and_log_psnr_and_ssim(
 def skip_or_refuse_unreadable_images(batches: Iterable[Batch], skip_bad: bool) -> Iterable[Batch]:
     """Yield the batches, except batches in which no image could be read.
 
-    If `skip_bad` is True, an unreadable image is left out, and the error is logged.
-
     Raises:
         UserError: if an image cannot be read and `skip_bad` is False.
     """
@@ -382,9 +363,7 @@ def collect_weights_and_fingerprint(model: nn.Module) -> dict:
 
 
 def collect_contents_of_numbered_checkpoints(state: dict) -> dict[str, dict]:
-    """Return the dict {"epoch_N.pth": the network's state dict}, where N is the number of the finished epoch.
-
-    Epochs are counted from 0.
+    """Return the dict {"epoch_N.pth": the network's state dict}, where N is the finished epoch, counted from 0.
 
     Release: the file name and the file format are the same as in the code of the paper's authors.
     """

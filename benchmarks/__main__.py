@@ -4,10 +4,8 @@
     python -m benchmarks --gpu 0     measures on GPU 0, with several image sizes
     python -m benchmarks --quick     measures toy networks, in a few seconds
 
-Each row of the printed table shows time and memory for one task, such as scoring images in float32. A row compares up
-to three implementations ("forms", see benchmarks/cases.py) of the same networks. Each measurement runs in a separate
-process. The option --rounds sets how often each implementation is measured. The table shows the fastest measurement of
-each implementation. A row is printed as soon as it has been measured. "-" means that the implementation was not
+Each row of the printed table compares up to three implementations ("forms", see benchmarks/cases.py) of the same
+networks. The table shows the fastest measurement of each implementation. "-" means that the implementation was not
 measured, or that the measurement failed.
 """
 
@@ -31,24 +29,18 @@ from utils.errors import UserError, run_program
 ROOT = Path(__file__).resolve().parents[1]
 HEADER = ("what", "precision", "plain s", "channels-last s", "here s", "channels-last / here", "plain GiB", "here GiB")
 WIDTHS = (44, 9, 8, 15, 8, 20, 9, 8)
-# For each network, TFLOP contains the number of operations of one forward pass, in units of 10^12.
-# The numbers in TFLOP are for one image of 1024 x 1024 pixels.
+# TFLOP contains the operations of each network's forward pass on an image of 1024 x 1024 pixels, in units of 10^12.
 TFLOP = {"rdn": 2.9, "vgg": 0.4, "resnet": 0.06}
 START_SECONDS = 5  # estimated time to start a process
 ESTIMATE_MATRIX_SIDE = 1024  # side of the square matrices whose product is timed to estimate the benchmark's time
 GPU_MATRIX_SIDE = 8192  # side of the square matrices whose product is timed on a GPU, to compare its speed with RDN's
-# On a CPU, fine-tuning in plain PyTorch is measured only on images of at most LARGEST_PLAIN_SIDE pixels per side.
-# On larger images, fine-tuning in plain PyTorch needs more than 22 GiB of memory.
+# On images with sides above LARGEST_PLAIN_SIDE pixels, fine-tuning in plain PyTorch needs more than 22 GiB of memory.
 LARGEST_PLAIN_SIDE = 512
 GPU_SIDES = (256, 512, 1024)  # sides in pixels of the images that are scored when a GPU is measured
 
 
 def list_benchmark_cases(args: argparse.Namespace) -> list[Case]:
-    """Return one `Case` for each row of the printed table.
-
-    The field `form` of each `Case` is a placeholder, which `measure_implementations_of_case` replaces before each
-    measurement.
-    """
+    """Return one `Case`, with a placeholder as `form`, for each row of the printed table."""
     gpu = args.gpu
     if args.quick:
         return [Case("scoring", "here", "fp32", 0, 64, 1, gpu, True)]
@@ -96,12 +88,7 @@ def estimate_tflop(case: Case) -> float:
 
 
 def measure_case_in_new_process(case: Case) -> dict[str, float] | None:
-    """Start a new process that measures a benchmark case (a task and its settings).
-
-    Returns:
-        The result of `measure_time_and_memory_of_case`, or None if the process fails. A process may fail because of
-        too little memory, for example.
-    """
+    """Measure a benchmark case (a task and its settings) in a new process. Return None if the process fails."""
     words = [sys.executable, "-m", "benchmarks.cases", json.dumps(case._asdict())]
     result = subprocess.run(words, cwd=ROOT, capture_output=True, text=True)
     if result.returncode:

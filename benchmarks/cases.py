@@ -2,10 +2,9 @@
 
     python -m benchmarks.cases JSON
 
-The argument JSON is a JSON object with the fields of `Case`. The benchmark compares three implementations ("forms") of
-the same networks. The form "plain" runs RDN and VGG-19 on whole images instead of tiles, in PyTorch's default memory
-format. The form "channels-last" equals the form "plain", but uses the channels-last memory format. The form "here" is
-the code that the programs of this project run.
+The argument JSON is a JSON object with the fields of `Case`. The form "plain" of the networks runs RDN and
+VGG-19 on whole images instead of tiles. The form "channels-last" equals the form "plain", but uses the channels-last
+memory format. The form "here" is the code that the programs of this project run.
 """
 
 import json
@@ -87,7 +86,7 @@ class PlainRDN(nn.Module):
 
 
 def build_detector(case: Case) -> tuple[ResynthesisDetector, Compute]:
-    """Create a detector with random weights. Every call draws the same weights, because the seed is fixed."""
+    """Create a detector with random weights, which are the same in every call."""
     compute = choose_device_and_precision(case.gpu, case.precision, deterministic=False, seed=0)
     torch.manual_seed(0)
     rdn = RDN(num_features=8, growth_rate=8, num_blocks=2, num_layers=2) if case.quick else RDN()
@@ -137,10 +136,7 @@ def prepare_scoring(case: Case) -> Callable[[], Tensor]:
 
 
 def prepare_classifier_training_step(case: Case) -> Callable[[], object]:
-    """Return a function that runs a training step of the classifier, with a frozen re-synthesizer (--fixed-sr).
-
-    The training step computes the residuals of its batch, and reads no residuals from a cache.
-    """
+    """Return a function that runs a training step of the classifier with a frozen RDN, without a cache of residuals."""
     detector, compute = build_detector(case)
     detector.train().set_resynthesizer_frozen(True)
     stepper = Stepper(create_optimizer("sgd", detector, 1e-6, 0.02, 0.9, 1e-4), compute, World())
@@ -226,9 +222,8 @@ def measure_time_and_memory_of_case(case: Case) -> dict[str, float]:
     """Run a benchmark case (a task and its settings), and measure its time and memory.
 
     Returns:
-        A dict with two entries. The entry "seconds" is the median time of the timed runs. The entry "gib" is the peak
-        memory in GiB. On a GPU, the peak of PyTorch's reserved memory is measured. On a CPU, the peak of the process's
-        resident memory is measured.
+        A dict with the entries "seconds", the median time of the timed runs, and "gib", the peak memory in GiB (on a
+        GPU, PyTorch's reserved memory; on a CPU, the process's resident memory).
     """
     run = KINDS[case.kind](case)
     on_gpu = case.gpu != "cpu"

@@ -1,9 +1,8 @@
 """Datasets, batches and data loaders.
 
-For each batch, the sampler `EpochBatchSampler` yields a list of `Key`s. For each `Key`, a dataset returns a `Sample`,
-which contains tensors made from one image. The function `collate_samples` combines samples into a `Batch`. The random
-choices for a dataset entry depend only on the seed, the epoch and the index of the entry. A resumed run makes the same
-random choices as an uninterrupted run.
+For each `Key` that an `EpochBatchSampler` yields, a dataset returns a `Sample`, and `collate_samples` combines samples
+into a `Batch`. The random choices for a dataset entry depend only on the seed, the epoch and the index of the entry, so
+that a resumed run makes the same random choices as an uninterrupted run.
 """
 
 import atexit
@@ -45,10 +44,7 @@ Transform = Callable[[Tensor, np.random.Generator | None], Tensor]  # (image, ge
 
 
 class Key(NamedTuple):
-    """A `Key` tells a dataset which entry to read, and for which epoch.
-
-    `dataset[key]` returns the `Sample` of the entry with the index `key.index`.
-    """
+    """A `Key` tells a dataset which entry to read, and for which epoch."""
 
     epoch: int
     index: int  # index of the entry in the dataset
@@ -75,15 +71,14 @@ class Sample(NamedTuple):
 class Batch(NamedTuple):
     """A batch of B images, patches or residuals of equal shape.
 
-    The tensors `x`, `labels` and `weights` have no row for an image that could not be used. `errors` contains the error
-    message of each image that has no row.
+    The tensors `x`, `labels` and `weights` have no row for an image that could not be used.
     """
 
     x: Tensor  # B images or patches, uint8 (B, 3, H, W), or B residuals, float (B, channels, height, width)
     labels: Tensor  # int64 (B,): FAKE, REAL or UNLABELLED
     weights: Tensor  # float32 (B,): factor by which the loss of each row is multiplied
     items: list[Item]  # for each row of x: path, label and generator name of its image
-    keys: list[RowKey]  # for each row: the dataset entry from which the row was read
+    keys: list[RowKey]  # one `RowKey` for each row of x
     errors: dict[int, str]  # dataset index of each image that could not be used -> one-line error message
 
 
@@ -93,8 +88,8 @@ class Batch(NamedTuple):
 def collate_samples(samples: Sequence[Sample]) -> Batch:
     """Combine samples into a batch.
 
-    The first readable sample determines the shape of all tensors in the batch. If a later sample has tensors of
-    another shape, the batch contains an error message instead of these tensors.
+    If a sample has tensors of another shape than the first readable sample, the batch contains an error message instead
+    of these tensors.
     """
     errors = {}
     rows, labels, weights, items, keys = [], [], [], [], []
@@ -126,16 +121,12 @@ def _describe_unequal_image_sizes(first: Sample, other: Sample) -> str:
 def merge_batches_of_equal_image_size(batches: Iterable[Batch], block: int, pixels: float) -> Iterator[Batch]:
     """Merge consecutive one-image batches if their images have equal size.
 
-    The dataset is divided into blocks of `block` consecutive images. Only images in the same block are merged into one
-    batch. test.py gives whole blocks to each process, so that the number of processes does not change the batches. A
-    resumed run makes the same batches as an uninterrupted run. The last bits of the scores of an image can depend on
-    the size of its batch.
+    Only images in the same block of the dataset are merged, so that batches do not depend on the number of processes.
+    The last bits of the scores of an image can depend on the size of its batch.
 
     Args:
-        batches: batches of one image each.
         block: number of consecutive images in a block.
-        pixels: maximum number of pixels in a merged batch. An image with more than `pixels` pixels is not merged with
-            other images.
+        pixels: maximum number of pixels in a merged batch.
     """
     waiting = []
     for batch in batches:
@@ -150,11 +141,7 @@ def merge_batches_of_equal_image_size(batches: Iterable[Batch], block: int, pixe
 
 
 def _can_merge_batch(waiting: Sequence[Batch], batch: Batch, block: int, pixels: float) -> bool:
-    """Return whether `batch` can be merged with `waiting`, a list of batches that will become one batch.
-
-    Images from different blocks of the dataset are not merged into one batch. Images of different sizes are not merged
-    into one batch. Two or more images are not merged into one batch if they have more than `pixels` pixels in total.
-    """
+    """Return whether `batch` can be merged with `waiting`, a list of batches that will become one batch."""
     if _get_first_dataset_index_of_batch(batch) // block != _get_first_dataset_index_of_batch(waiting[-1]) // block:
         return False
     images = [b.x for b in (*waiting, batch) if len(b.x)]
@@ -165,10 +152,7 @@ def _can_merge_batch(waiting: Sequence[Batch], batch: Batch, block: int, pixels:
 
 
 def _get_first_dataset_index_of_batch(batch: Batch) -> int:
-    """Return the dataset index of the first image in a batch.
-
-    If no image of the batch could be read, the function returns the dataset index of the first unreadable image.
-    """
+    """Return the dataset index of the first readable image in a batch, or else of the first unreadable image."""
     if batch.keys:
         return batch.keys[0].index
     return next(iter(batch.errors))
@@ -199,16 +183,14 @@ def concatenate_batches(batches: Sequence[Batch]) -> Batch:
 class EpochBatchSampler(Sampler):
     """A `batch_sampler` for DataLoader that yields a list of `Key`s for each batch of one epoch.
 
-    In a run with n processes, the process of rank r gets the entries `batch[r::n]` of each batch. The last batch of an
-    epoch may have fewer entries than the other batches. All processes must take the same number of steps. If a batch
-    has fewer entries than there are processes, each process without an entry gets the first entry of the batch with
-    weight 0.
+    In a run with n processes, the process of rank r gets the entries `batch[r::n]` of each batch. If a batch has fewer
+    entries than there are processes, each process without an entry gets the first entry of the batch with weight 0,
+    because all processes must take the same number of steps.
 
     Args:
         count: number of entries in the dataset.
         batch_size: number of entries per step, summed over all processes.
         seed: random seed for shuffling the entries in each epoch, or None to keep the order of the dataset.
-        world: the rank of this process, and the number of processes.
     """
 
     def __init__(self, count: int, batch_size: int, seed: int | None = None, world: World = World()):  # noqa: B008
@@ -223,7 +205,7 @@ class EpochBatchSampler(Sampler):
         """Set the epoch for which the sampler yields batches.
 
         Args:
-            first_step: number of steps of the epoch to skip, because a resumed run has already done these steps.
+            first_step: number of steps of the epoch that a resumed run skips.
         """
         self.epoch = epoch
         self.first_step = first_step
@@ -305,9 +287,8 @@ class ImageDataset(ItemDataset):
 
     Args:
         augmentation: settings of random mirroring and cropping, or None for centre crops without mirroring.
-        transform: function that changes an image before resizing and cropping, called as
-            transform(image, random generator). If `augmentation` is None, `transform` gets None instead of a random
-            generator.
+        transform: function that changes an image before resizing and cropping; without `augmentation`, `transform`
+            gets None instead of a random generator.
         headers: the header of each image, or an empty sequence if the headers were not read.
     """
 
@@ -343,10 +324,7 @@ class ImageDataset(ItemDataset):
 
     @property
     def image_sizes(self) -> list[tuple[int, int]]:
-        """The (height, width) of each image after resizing and cropping.
-
-        If the headers of the images were not read, `image_sizes` is an empty list.
-        """
+        """The (height, width) of each image after resizing and cropping; empty if the headers were not read."""
         return [compute_size_after_resize_and_crop(*header.size, self.policy) for header in self.headers]
 
     @property
@@ -355,7 +333,7 @@ class ImageDataset(ItemDataset):
         return self.augmentation is not None and self.policy.crop_size is not None and not self.augmentation.crops
 
     def is_mirrored(self, key: Key) -> bool:
-        """Return whether the image that `key` names is mirrored. This function does not read the image file."""
+        """Return whether the image that `key` names is mirrored."""
         rng = self._create_random_generator(key.epoch, key.index)
         return rng is not None and rng.random() < 0.5
 
@@ -363,14 +341,11 @@ class ImageDataset(ItemDataset):
 class PatchDataset(ItemDataset):
     """A dataset that cuts K random patches from each high-resolution image.
 
-    A patch has `patch_size * scale` pixels per side. Images are first centre-cropped so that their sides are multiples
-    of `scale`. In the cropped image, the row and the column of a patch's top left pixel are multiples of `scale`.
     A patch is flipped horizontally, flipped vertically and rotated by 90 degrees, each with probability 0.5, as in
     yjn870/RDN-pytorch (MIT licence).
 
     Args:
         patch_size: side of a patch in low-resolution pixels.
-        patches_per_image: number K of patches that are cut from each image in each epoch.
     """
 
     def __init__(self, items: Sequence[Item], patch_size: int, scale: int, patches_per_image: int = 1, seed: int = 0):
@@ -395,8 +370,8 @@ class PatchDataset(ItemDataset):
 def cut_random_patch(image: Image.Image, patch_size: int, scale: int, rng: np.random.Generator) -> np.ndarray:
     """Cut a random patch out of an image, then flip and rotate the patch at random.
 
-    The patch is cut from the largest centred box whose sides are multiples of `scale`. In this box, the row and the
-    column of the patch's top left pixel are multiples of `scale`.
+    In the largest centred box whose sides are multiples of `scale`, the row and the column of the patch's top left
+    pixel are multiples of `scale`.
 
     Returns:
         the patch, uint8 (3, P, P) with P = patch_size * scale.
@@ -420,10 +395,7 @@ def cut_random_patch(image: Image.Image, patch_size: int, scale: int, rng: np.ra
 
 
 class BatchLoader(DataLoader):
-    """A DataLoader that yields `Batch`es of tensors.
-
-    If a worker sends a batch as NumPy arrays, this class converts the arrays to tensors.
-    """
+    """A DataLoader that yields `Batch`es of tensors, even if a worker sends a batch as NumPy arrays."""
 
     def __iter__(self) -> Iterator[Batch]:
         for batch in super().__iter__():
@@ -436,9 +408,8 @@ def make_loader(dataset: Dataset, batches: Sampler | Sequence[list[Key]], worker
     """Create a DataLoader that reads the given batches of a dataset.
 
     Args:
-        batches: an `EpochBatchSampler`, or a list that contains one list of `Key`s per batch.
-        workers: number of processes that read images, or 0 to read images in the main process. At most one worker per
-            CPU core is started.
+        workers: number of processes that read images, at most one per CPU core, or 0 to read images in the main
+            process.
     """
     workers = min(workers, os.cpu_count() or 1)
     if workers:
@@ -459,10 +430,9 @@ def make_loader(dataset: Dataset, batches: Sampler | Sequence[list[Key]], worker
 def _collate_for_main_process(samples: Sequence[Sample]) -> Batch:
     """Combine samples into a batch that a worker can send to the main process.
 
-    If the batches of all workers may not fit into shared memory, a worker converts its batch to NumPy arrays. A worker
-    sends tensors through shared memory, but NumPy arrays through a pipe. A Docker container has only 64 MB of shared
-    memory by default. If a batch does not fit into shared memory, the worker fails to send the batch, and the main
-    process waits forever for the batch.
+    Batches that may not fit into shared memory, of which a Docker container has only 64 MB by default, are converted to
+    NumPy arrays and sent through a pipe. If tensors did not fit into shared memory, the main process would wait forever
+    for the batch.
     """
     batch = collate_samples(samples)
     worker = get_worker_info()
@@ -472,14 +442,7 @@ def _collate_for_main_process(samples: Sequence[Sample]) -> Batch:
 
 
 def _batches_fit_in_shared_memory(size: int, workers: int) -> bool:
-    """Return whether shared memory has space for all batches that the workers may store at the same time.
-
-    As a safety margin, the function adds 1 MB to the size of each batch.
-
-    Args:
-        size: size of a batch in bytes.
-        workers: number of workers.
-    """
+    """Return whether shared memory has space for all batches, of `size` bytes each, that the workers may store."""
     try:
         free = shutil.disk_usage(SHARED_MEMORY).free
     except OSError:  # the folder /dev/shm does not exist
@@ -495,11 +458,9 @@ def _apply_to_batch_tensors(batch: Batch, function: Callable) -> Batch:
 def _set_worker_signal_handlers_and_threads(_: int) -> None:
     """Set the signal handlers and the number of threads of a worker process.
 
-    A worker ignores SIGINT. A worker exits GRACE seconds after it gets SIGTERM. SIGINT and SIGTERM are often sent to
-    all processes of a program. If a signal ended a worker at once, the DataLoader would raise an exception in the main
-    process before the main process could save the state of the run. A worker must not ignore SIGTERM, because
-    `multiprocessing` ends its workers with SIGTERM. One thread per worker is enough, because several workers run at the
-    same time.
+    If a signal ended a worker at once, the DataLoader would raise an exception in the main process before the main
+    process could save the state of the run. A worker must not ignore SIGTERM, because `multiprocessing` ends its
+    workers with SIGTERM.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(GRACE))
@@ -508,11 +469,7 @@ def _set_worker_signal_handlers_and_threads(_: int) -> None:
 
 
 def _end_loader_workers_at_exit() -> None:
-    """Send SIGALRM to all running workers.
-
-    `atexit` calls this function when the program exits. SIGALRM ends a worker at once. SIGTERM would end the worker
-    only after GRACE seconds.
-    """
+    """End all running workers at once with SIGALRM, because SIGTERM would end them only after GRACE seconds."""
     for process in multiprocessing.active_children():
         if process.daemon:
             os.kill(process.pid, signal.SIGALRM)

@@ -1,10 +1,10 @@
 """Functions that degrade low-resolution images by noise, JPEG compression, and grey or black pixels.
 
-train_detector.py degrades images in auxiliary tasks, and train_sr.py degrades training patches. In an auxiliary task,
-the re-synthesizer learns to restore real images from degraded low-resolution images. According to section 3.3 of the
-paper, auxiliary tasks make the residual robust to perturbations of the image. To add an auxiliary task, write a
-function like `create_noise_degradation`, and add the function to TASKS. Images that are not degraded are float tensors
-(3, h, w) with values in [0, 1]. `add_noise_to_float_image` does not clip its result to [0, 1].
+According to section 3.3 of the paper, auxiliary tasks, in which the re-synthesizer restores degraded images, make the
+residual robust to perturbations of the image. Images that are not degraded are float tensors (3, h, w) with values in
+[0, 1].
+
+To add an auxiliary task, write a function like `create_noise_degradation`, and add the function to TASKS.
 """
 
 import math
@@ -21,7 +21,6 @@ TASK_PROBABILITY = 0.5  # probability that a batch is degraded before the auxili
 TASK_NOISE_STD = 4 / 255
 TASK_GREY_FRACTION = (0.1, 0.25)  # smallest and largest fraction of grey pixels
 
-# train_sr.py applies each requested degradation to a patch with probability PATCH_PROBABILITY.
 # If two degradations are requested, a patch stays unchanged with probability (1 - PATCH_PROBABILITY) ** 2 = 0.5.
 PATCH_PROBABILITY = 1 - math.sqrt(0.5)
 PATCH_NOISE_STD = (0, 10 / 255)
@@ -33,37 +32,25 @@ Degradation = Callable[[Tensor, np.random.Generator], Tensor]
 
 
 def add_noise_to_float_image(image: Tensor, std: float, rng: np.random.Generator) -> Tensor:
-    """Add Gaussian noise with standard deviation `std` to an image (3, h, w) with values in [0, 1]."""
+    """Add Gaussian noise with standard deviation `std` to an image (3, h, w) in [0, 1], without clipping."""
     noise = rng.standard_normal(tuple(image.shape), np.float32)
     return image + std * torch.from_numpy(noise).to(image)
 
 
 def turn_random_pixels_grey(image: Tensor, fraction: float, rng: np.random.Generator) -> Tensor:
-    """Set each channel of random pixels of an image (3, h, w) to the mean of the pixel's three channels.
-
-    Args:
-        fraction: probability that a pixel turns grey.
-    """
+    """Set each pixel of an image (3, h, w) to the mean of its three channels with probability `fraction`."""
     mask = draw_random_mask(image, fraction, rng)  # (1, h, w)
     return torch.where(mask, image.mean(dim=0, keepdim=True), image)
 
 
 def blacken_random_pixels(image: Tensor, fraction: float, rng: np.random.Generator) -> Tensor:
-    """Replace random pixels of an image (3, h, w) by black (0).
-
-    Args:
-        fraction: probability that a pixel is replaced.
-    """
+    """Replace each pixel of an image (3, h, w) by black (0) with probability `fraction`."""
     mask = draw_random_mask(image, fraction, rng)  # (1, h, w)
     return torch.where(mask, image.new_zeros(()), image)
 
 
 def draw_random_mask(image: Tensor, fraction: float, rng: np.random.Generator) -> Tensor:
-    """Draw a random mask, bool (1, h, w), for an image (3, h, w).
-
-    Args:
-        fraction: probability that the mask is True at a pixel.
-    """
+    """Draw a mask, bool (1, h, w), that is True at each pixel of an image (3, h, w) with probability `fraction`."""
     height, width = image.shape[1:]
     return torch.from_numpy(rng.random((1, height, width)) < fraction).to(image.device)
 
@@ -92,7 +79,6 @@ def create_noise_degradation(batch_rng: np.random.Generator) -> Degradation:
 
 
 # TASKS maps each auxiliary task to a function that takes a random generator and returns a `Degradation`.
-# The auxiliary task "none" does not degrade images, so TASKS contains None instead of a function.
 TASKS = {"none": None, "colorization": create_grey_pixel_degradation, "denoising": create_noise_degradation}
 
 
@@ -112,9 +98,6 @@ def sample_degradation_for_batch(task: str, batch_rng: np.random.Generator) -> D
 
 def degrade_batch(degradation: Degradation, x_lr: Tensor, rngs: Sequence[np.random.Generator]) -> Tensor:
     """Degrade each image of x_lr (B, 3, h, w), and stack the results to (B, 3, h, w).
-
-    Args:
-        rngs: random generator of each image.
 
     Raises:
         UserError: if the degradation changes the shape or the data type of an image.
@@ -140,15 +123,13 @@ def degrade_patch(
 ) -> Tensor:
     """Degrade a training patch (3, h, w) at random.
 
-    Each degradation that an argument requests is applied with probability PATCH_PROBABILITY. In the descriptions
-    of `augment`, `completion` and `colorization`, U(a, b) is a random number, drawn uniformly between a and b.
+    Each degradation that an argument requests is applied with probability PATCH_PROBABILITY.
 
     Args:
-        augment: whether to add noise with a standard deviation U(0, 10) / 255, and to compress the patch as JPEG with
-            a quality of 25..74. (Release: the code of the paper's authors computes the JPEG image, but does not use
-            it.)
-        completion: whether to turn a fraction U(0.05, 0.15) of the pixels black.
-        colorization: whether to turn a fraction U(0.05, 0.15) of the pixels grey.
+        augment: whether to add noise (PATCH_NOISE_STD), and to compress the patch as JPEG (PATCH_JPEG_QUALITY).
+            (Release: the code of the paper's authors computes the JPEG image, but does not use it.)
+        completion: whether to turn random pixels black (PATCH_FRACTION).
+        colorization: whether to turn random pixels grey (PATCH_FRACTION).
     """
     if augment and rng.random() < PATCH_PROBABILITY:
         patch = add_noise_to_float_image(patch, rng.uniform(*PATCH_NOISE_STD), rng)

@@ -1,8 +1,4 @@
-"""Search folders for images.
-
-The function `find_images` leaves out files that are not images. `find_images` also leaves out pictures that test.py has
-written. If `find_images` leaves out files, one log line says how many, and why.
-"""
+"""Search folders for images, and leave out pictures that test.py has written."""
 
 import logging
 import os
@@ -29,7 +25,7 @@ def find_images(root: str) -> list[str]:
 
     Images are recognized by their file suffix, in upper or lower case. Hidden files, hidden folders, folders named
     __MACOSX, and pictures written by test.py are left out. A link to a folder is followed, unless the folder contains
-    the link. A folder to which several links point is read only once.
+    the link.
 
     Raises:
         UserError: if a folder cannot be read, or if no image is found.
@@ -37,7 +33,7 @@ def find_images(root: str) -> list[str]:
     images = []
     left_out = Counter()  # number of left-out files and folders for each reason
     visited = set()
-    pending = [os.fspath(root)]  # folders that must still be searched
+    pending = [os.fspath(root)]
     while pending:
         for folder, subfolders, names in os.walk(pending.pop(0), onerror=_raise_error_for_unreadable_folder):
             status = os.stat(folder)
@@ -68,12 +64,7 @@ def _raise_error_for_unreadable_folder(error: OSError) -> None:
 
 
 def _select_folders_to_search(folder: str, subfolders: Sequence[str], left_out: Counter) -> list[str]:
-    """Select the subfolders that `find_images` searches.
-
-    Args:
-        left_out: number of left-out files and folders for each reason; this function counts the subfolders that it
-            leaves out.
-    """
+    """Select the subfolders that `find_images` searches, and count the other subfolders in `left_out`."""
     selected = []
     for name in sorted(subfolders):
         if name.startswith(".") or name == "__MACOSX":
@@ -86,13 +77,7 @@ def _select_folders_to_search(folder: str, subfolders: Sequence[str], left_out: 
 
 
 def _select_images_of_folder(folder: str, names: Sequence[str], left_out: Counter) -> list[str]:
-    """Select the images among the files of a folder, and return their paths.
-
-    Args:
-        names: names of all files in the folder.
-        left_out: number of left-out files and folders for each reason; this function counts the files that it leaves
-            out.
-    """
+    """Return the paths of the images among the files of a folder, and count the other files in `left_out`."""
     images = []
     known = set(names)
     for name in names:
@@ -108,8 +93,8 @@ def _select_images_of_folder(folder: str, names: Sequence[str], left_out: Counte
 def _is_link_to_parent_folder(folder: str) -> bool:
     """Return whether `folder` is a link to a folder that contains the link.
 
-    For example, the folder `real` may contain a link to its parent folder. If `find_images` followed a link from `real`
-    to its parent folder, it would list fake images in the parent folder as real.
+    If `find_images` followed a link from a folder of real images to its parent folder, it could list fake images as
+    real.
     """
     if not os.path.islink(folder):
         return False
@@ -118,11 +103,7 @@ def _is_link_to_parent_folder(folder: str) -> bool:
 
 
 def folder_contains(outer: str, inner: str) -> bool:
-    """Return whether the folder `outer` equals or contains the folder `inner`.
-
-    Args:
-        outer, inner: paths without symbolic links.
-    """
+    """Return whether the folder `outer` equals or contains `inner`, for paths without symbolic links."""
     return os.path.join(inner, "").startswith(os.path.join(outer, ""))
 
 
@@ -130,8 +111,7 @@ def _find_reason_to_leave_out_file(folder: str, name: str, has_table: bool) -> s
     """Return the reason why a file is left out, or None if the file is an image.
 
     Args:
-        has_table: whether the folder contains a CSV file with the stem of `name`, such as a.csv for a.png. If a.csv is
-            a score table that test.py has written, a.png is left out as its figure.
+        has_table: whether the folder contains a CSV file with the stem of `name`, such as a.csv for a.png.
     """
     if name.startswith("."):
         return "hidden"
@@ -143,12 +123,7 @@ def _find_reason_to_leave_out_file(folder: str, name: str, has_table: bool) -> s
 
 
 def describe_picture_written_by_test_py(path: str) -> str | None:
-    """Return the kind of picture that test.py has written into a file, or None if test.py has not written the file.
-
-    Returns:
-        "residual picture" for an image of a residual, "figure of a score table" for a plot of scores, or None for any
-        other file.
-    """
+    """Return "residual picture" or "figure of a score table" for a picture that test.py has written, or else None."""
     if path.endswith(RESIDUAL_PICTURE_SUFFIX):
         return "residual picture"
     if path.endswith(".png") and _is_score_table(f"{path.removesuffix('.png')}.csv"):

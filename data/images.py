@@ -66,9 +66,9 @@ def read_image_as_tensor(path: str) -> Tensor:
 def read_image_as_pillow_rgb(path: str) -> Image.Image:
     """Decode an image file as an upright 8-bit RGB image.
 
-    Grey images get three equal channels. Transparent pixels are blended with white. CMYK images are converted without
-    colour profiles. 16-bit grey values are rounded to 8 bits. Of 16-bit colour values, Pillow keeps only the high byte.
-    Float images must have values in [0, 1]. Only the first frame of an animation is read.
+    Transparent pixels are blended with white. CMYK images are converted without colour profiles. Of 16-bit colour
+    values, Pillow keeps only the high byte. Float images must have values in [0, 1]. Only the first frame of an
+    animation is read.
 
     Raises:
         UserError: if the image cannot be decoded, or has more than MAX_PIXELS pixels.
@@ -81,8 +81,7 @@ def read_image_as_pillow_rgb(path: str) -> Image.Image:
 def convert_to_upright_rgb(image: Image.Image) -> Image.Image:
     """Convert a decoded image to an upright 8-bit RGB image.
 
-    The docstring of `read_image_as_pillow_rgb` lists the rules of the conversion. This function may change the argument
-    `image` in place.
+    The conversion may change `image` in place.
     """
     with suppress(Exception):  # an image with damaged EXIF data can still be used
         ImageOps.exif_transpose(image, in_place=True)
@@ -97,10 +96,9 @@ def convert_to_upright_rgb(image: Image.Image) -> Image.Image:
 
 
 def _convert_grey_to_uint8(image: Image.Image) -> np.ndarray:
-    """Convert a float or integer grey image to uint8 (H, W) by scaling and rounding.
+    """Convert a float or integer grey image to uint8 (H, W) by scaling white to 255 and rounding.
 
-    White becomes 255. White is 1 in float images, 4095 in 12-bit TIFF files, and 65535 in 16-bit and 32-bit integer
-    images.
+    White is 1 in float images, 4095 in 12-bit TIFF files, and 65535 in 16-bit and 32-bit integer images.
     """
     values = np.asarray(image).astype(np.float64)  # (H, W)
     is_12_bit = getattr(image, "tag_v2", {}).get(Tag.BitsPerSample) == (12,)
@@ -119,8 +117,7 @@ def open_image(path: str) -> Iterator[Image.Image]:
     """Open an image file and read its header.
 
     Raises:
-        UserError: if the file cannot be opened. An exception inside a `with open_image(...)` block also becomes a
-            UserError.
+        UserError: if the file cannot be opened, or if the `with open_image(...)` block raises an exception.
     """
     try:
         _check_regular_file(path)
@@ -156,10 +153,9 @@ def _describe_read_error(error: Exception) -> str:
 
 
 def resize_and_crop(image: Tensor, policy: SizePolicy, rng: np.random.Generator | None = None) -> Tensor:
-    """Resize and crop an image according to a `SizePolicy`.
+    """Resize and crop an image, uint8 (3, H, W), according to a `SizePolicy`.
 
     Args:
-        image: uint8 (3, H, W).
         rng: random generator for the position of the crop, or None for a centre crop.
 
     Raises:
@@ -213,8 +209,8 @@ def require_large_enough_crops(policy: SizePolicy) -> None:
 def describe_size_problem(height: int, width: int, policy: SizePolicy) -> str | None:
     """Return why images with `height` x `width` pixels cannot be used, or None if they can be used.
 
-    The returned text starts with "is" and the size of the image, such as "is 5 x 5 pixels: ...". The function does not
-    check whether `policy.crop_size` is too small.
+    The returned text starts with "is" and the size of the image, such as "is 5 x 5 pixels: ...".
+    `describe_size_problem` does not check whether `policy.crop_size` is too small.
     """
     text = f"is {width} x {height} pixels"
     height, width = _compute_size_after_resize(height, width, policy)
@@ -241,10 +237,7 @@ def describe_size_problem(height: int, width: int, policy: SizePolicy) -> str | 
 
 
 def _compute_size_after_resize(height: int, width: int, policy: SizePolicy) -> tuple[int, int]:
-    """Compute the (height, width) of an image after resizing its shorter side to `policy.resize`.
-
-    The function keeps the aspect ratio, apart from rounding the longer side down to whole pixels.
-    """
+    """Compute the (height, width) of an image after resizing its shorter side to `policy.resize`."""
     if policy.resize is None:
         return height, width
     longer = int(policy.resize * max(height, width) / min(height, width))
@@ -265,11 +258,7 @@ def compute_size_after_resize_and_crop(height: int, width: int, policy: SizePoli
 
 
 def require_equal_sizes(items: Sequence[Item], sizes: Sequence[tuple[int, int]]) -> None:
-    """Raise a UserError if not all images have the same size.
-
-    Args:
-        sizes: (height, width) of each image.
-    """
+    """Raise a UserError if not all images have the same (height, width)."""
     for item, size in zip(items, sizes, strict=True):
         if size != sizes[0]:
             (height, width), (other_height, other_width) = sizes[0], size
@@ -284,10 +273,7 @@ def require_equal_sizes(items: Sequence[Item], sizes: Sequence[tuple[int, int]])
 
 
 def read_and_check_headers(paths: Sequence[str], policy: SizePolicy) -> list[Header]:
-    """Read and check the headers of image files.
-
-    This function does not decode pixels. Damaged pixels are found later, when the image is decoded.
-    """
+    """Read and check the headers of image files, without decoding pixels."""
     shared = {}  # each distinct `Header`, so that images with equal headers share one `Header` object
     headers = []
     with ThreadPool(HEADER_THREADS) as pool:
@@ -323,13 +309,8 @@ def select_usable_images(
 ) -> tuple[Sequence[Item], list[Header]]:
     """Select the images that can be used according to their headers.
 
-    For each image that cannot be used, one log line says why.
-
     Args:
         skip_bad: whether to leave out images that cannot be used, instead of raising a UserError.
-
-    Returns:
-        the selected images, and their headers.
 
     Raises:
         UserError: if an image cannot be used and `skip_bad` is False, or if no image can be used.

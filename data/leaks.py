@@ -1,9 +1,8 @@
 """Search image files for leaks.
 
 A leak is a property of image files, such as the format, by which a detector can tell real from fake images without
-looking at their content. If every real image is a JPEG file and every fake image is a PNG file, a detector learns to
-recognize JPEG files instead of fake images. The leak audit reads file headers and searches for duplicate files. The
-command `python -m tools.audit` prints the findings of the audit.
+looking at their content. The command `python -m tools.audit` prints the leaks and the duplicate files that this module
+finds.
 """
 
 import hashlib
@@ -27,9 +26,8 @@ logger = logging.getLogger(__name__)
 
 LEAK, WARNING = "leak", "warning"
 SEVERITIES = (LEAK, WARNING)
-# Let r and f be the fractions of the real and of the fake images with one attribute value, such as the format PNG.
-# If |r - f| is below WARNING_DIFFERENCE, the leak audit reports nothing.
-# If the leak audit reports |r - f|, it reports a leak from LEAK_DIFFERENCE on, and otherwise a warning.
+# Smallest differences, reported as a leak or as a warning, between the fractions of the real and of the fake images
+# with one attribute value, such as the format PNG.
 LEAK_DIFFERENCE, WARNING_DIFFERENCE = 0.5, 0.2
 SAMPLE = 2000  # maximum number of images of one class and one split that `audit_images` reads if `quick` is True
 THREADS = 8
@@ -46,10 +44,7 @@ WAYS_OUT = {  # for each attribute, advice on how to remove the difference betwe
 
 
 class File(NamedTuple):
-    """An image file, and the attributes that were read from its header.
-
-    If the file cannot be read, `attributes` is empty, and `error` says why.
-    """
+    """An image file, and the attributes that were read from its header."""
 
     item: Item
     split: str  # "train" or "validation"
@@ -59,13 +54,9 @@ class File(NamedTuple):
 
 
 class Finding(NamedTuple):
-    """A problem that the leak audit has found.
+    """A problem that the leak audit has found."""
 
-    A problem of severity LEAK can make the scores of a detector meaningless. A problem of severity WARNING can make the
-    scores doubtful.
-    """
-
-    severity: str  # LEAK or WARNING
+    severity: str  # LEAK if the problem can make scores meaningless, WARNING if the problem can make scores doubtful
     check: str  # name of the check, such as "format (train)" or "exact duplicates in one class"
     message: str
     way_out: str  # advice on what the user can do
@@ -84,8 +75,7 @@ def audit_images(train: Sequence[Item], validation: Sequence[Item] = (), quick: 
     """Search image files for leaks and duplicates.
 
     Args:
-        quick: whether to read at most SAMPLE images of each class in `train` and in `validation`. If `quick` is
-            False, all images are read.
+        quick: whether to read at most SAMPLE images of each class in `train` and in `validation`.
     """
     counts, selected = {}, []
     for split, items in (("train", train), ("validation", validation)):
@@ -117,9 +107,9 @@ def run_and_log_quick_leak_audit(train_items: Sequence[Item], val_items: Sequenc
     logger.info("leak audit read %d of %d image files, result: %s", result.checked, count, summary)
     for finding in result.findings[:3]:
         logger.warning(
-            'the leak audit reports a %s from the check "%s": %s',
-            finding.severity.upper(),
+            'leak audit, check "%s": %s: %s',
             finding.check,
+            finding.severity.upper(),
             finding.message,
         )
 
@@ -156,10 +146,8 @@ def list_image_header_attributes(image: Image.Image) -> dict[str, str]:
 def find_attributes_that_separate_classes(files: Sequence[File]) -> list[Finding]:
     """Find attributes whose values differ between real and fake images.
 
-    Training and validation images are searched separately. First, the fake images of all generators together are
-    compared with the real images. If this comparison finds no difference in an attribute, the fake images of each
-    single generator are compared with the real images. The comparison for one generator leaves out all images whose
-    `Item.generator` names another generator.
+    Training and validation images are searched separately. The fake images of each single generator are compared with
+    the real images only in attributes in which the fake images of all generators together do not differ.
     """
     findings = []
     for split in ("train", "validation"):
@@ -179,7 +167,7 @@ def compare_attribute_of_real_and_fake(files: Sequence[File], attribute: str, wh
     """Return a finding if one value of an attribute is much more frequent in one class than in the other class.
 
     Args:
-        where: description of `files`, such as "train". The finding contains this description.
+        where: description of `files` for the finding, such as "train".
     """
     reals = [f.attributes[attribute] for f in files if f.item.label == REAL and attribute in f.attributes]
     fakes = [f.attributes[attribute] for f in files if f.item.label == FAKE and attribute in f.attributes]
@@ -202,8 +190,7 @@ def compare_attribute_of_real_and_fake(files: Sequence[File], attribute: str, wh
 def find_duplicate_files(files: Sequence[File]) -> list[Finding]:
     """Find files with identical content.
 
-    Only files of equal length are compared. A file is read to the end only if another file of equal length has the same
-    first HEAD_BYTES bytes.
+    A file is read to the end only if another file of equal length has the same first HEAD_BYTES bytes.
     """
     copies = []
     for same_size in group_files_with_equal_key(files, lambda file: file.size):

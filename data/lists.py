@@ -1,8 +1,4 @@
-"""List image files as `Item`s from folders, folder trees, CSV tables and text files with one path per line.
-
-This module does not decode images. The functions raise a `UserError` for a folder or list that cannot be used. If a
-function leaves out files in a folder, one log line says how many, and why.
-"""
+"""List image files as `Item`s from folders, folder trees, CSV tables and text files with one path per line."""
 
 import csv
 import hashlib
@@ -40,8 +36,7 @@ class Item(NamedTuple):
     label: int | None  # FAKE, REAL, or None if unknown
     # For a fake image, `generator` is the name of the generator that made the image.
     # If a real image is used only in the metrics of one generator, its `generator` is the name of this generator.
-    # If an image has no generator name, `generator` is "".
-    generator: str
+    generator: str  # "" if the image has no generator name
 
 
 class ImageFlags(NamedTuple):
@@ -61,9 +56,8 @@ IMAGE_FLAGS = ImageFlags()
 def list_labelled_images_in_folders(real_roots: Sequence[str], fake_roots: Sequence[str]) -> list[Item]:
     """List the images of folders: first the real images, then the fake images.
 
-    All images in a folder of fake images get the name of the folder as the name of their generator. If two folders of
-    fake images have the same name, parent folders are added to all generator names until the names differ, as in
-    "run1/stylegan".
+    The generator name of a fake image is the name of its folder in `fake_roots`, with parent folders if two folders
+    have the same name, as in "run1/stylegan".
 
     Raises:
         UserError: if no folder is given, if one folder contains another, or if a folder has no images.
@@ -98,10 +92,8 @@ def list_labelled_images_in_tree(root: str, training: bool = False) -> list[Item
     """List the images of a folder tree: first the real images, then the fake images.
 
     The name of a folder says whether its images are real or fake, for example GENERATOR/0_real,
-    GENERATOR/CATEGORY/0_real or GENERATOR/train/nature. LAYOUTS lists these folder names. Images in other folders are
-    left out. Images in `root`/0_real and `root`/1_fake get the name of the folder `root` as the name of their
-    generator. For each generator, metrics are computed from the fake images in GENERATOR/1_fake and the real images in
-    GENERATOR/0_real. If the function leaves out images, it logs how many images it uses, and how many it leaves out.
+    GENERATOR/CATEGORY/0_real or GENERATOR/train/nature. Images in other folders are left out. Images in `root`/0_real
+    and `root`/1_fake get the name of the folder `root` as the name of their generator.
 
     Args:
         training: if True, images in folders for validation or test (HELD_OUT_FOLDERS) are left out.
@@ -138,15 +130,10 @@ def list_labelled_images_in_tree(root: str, training: bool = False) -> list[Item
 
 
 def _find_class_folder(folders: Sequence[str]) -> tuple[tuple[str, str] | None, int]:
-    """Find the folder whose name, such as "0_real", says that its images are real or fake.
-
-    Args:
-        folders: names of the folders in the path, from the root of the folder tree down.
+    """Find the first pair in LAYOUTS that contains one of `folders`.
 
     Returns:
-        a pair (layout, index). `layout` is the pair in LAYOUTS that contains the name of the found folder, such as
-        ("nature", "ai"). `index` is the index of the found folder in `folders`. If the path contains no folder of real
-        or fake images, the function returns (None, 0).
+        the pair in LAYOUTS, and the index in `folders`, or (None, 0) if LAYOUTS contains no name in `folders`.
     """
     for layout in LAYOUTS:
         for position, folder in enumerate(folders):
@@ -156,15 +143,7 @@ def _find_class_folder(folders: Sequence[str]) -> tuple[tuple[str, str] | None, 
 
 
 def _choose_generator_name_in_tree(parents: Sequence[str], root: str) -> str:
-    """Return the name of the generator of an image.
-
-    The generator is named after the topmost folder in `parents` that is not for training, validation or test. If all
-    names in `parents` are in TRAIN_FOLDERS or HELD_OUT_FOLDERS, the generator is named after the folder `root`.
-
-    Args:
-        root: root of the folder tree.
-        parents: names of the folders from `root` down to the folder of real or fake images.
-    """
+    """Return the topmost name in `parents` that is not for training, validation or test, or else the name of `root`."""
     names = [name for name in parents if name.lower() not in (*TRAIN_FOLDERS, *HELD_OUT_FOLDERS)]
     name = names[0] if names else os.path.basename(os.path.abspath(root))
     return sys.intern(name)  # all images of one generator share one string in memory
@@ -186,7 +165,7 @@ def list_labelled_images_in_csv(file: str) -> list[Item]:
     """List the images of a CSV table with the columns "path" and "label", and optionally "generator".
 
     A label is "real" or 1 for a real image, and "fake" or 0 for a fake image. A relative path is first searched in the
-    working folder, then in the folder of the table. Other columns are ignored.
+    working folder, then in the folder of the table.
 
     Raises:
         UserError: if the table cannot be read, or if an image file does not exist.
@@ -209,11 +188,7 @@ def list_labelled_images_in_csv(file: str) -> list[Item]:
 
 
 def _parse_table_row(row: dict, where: str) -> tuple[str, str, str]:
-    """Read the path, the label and the generator from a row of a CSV table.
-
-    Args:
-        where: text that names the table and the line in an error message.
-    """
+    """Read the path, the label and the generator from a row of a CSV table."""
     path = row["path"] or ""
     label = (row["label"] or "").strip().lower()
     generator = (row.get("generator") or "").strip()
@@ -243,9 +218,6 @@ def _open_text_file(file: str, what: str, newline: str = "") -> Iterator[TextIO]
     """Open a UTF-8 text file with or without a byte order mark.
 
     Bytes that are not valid UTF-8 cause no error, because paths may contain such bytes.
-
-    Args:
-        what: text that names the file in an error message.
     """
     try:
         with open(file, encoding="utf-8-sig", errors="surrogateescape", newline=newline) as stream:
@@ -256,16 +228,7 @@ def _open_text_file(file: str, what: str, newline: str = "") -> Iterator[TextIO]
 
 
 def _find_listed_image_files(names: Sequence[str], file: str, what: str) -> list[str]:
-    """Return the paths of the files that a CSV table or a text file lists.
-
-    Args:
-        names: paths as written in `file`.
-        file: path of the table or text file.
-        what: text that names `file` in an error message.
-
-    Raises:
-        UserError: if `names` is empty, or if a listed file does not exist.
-    """
+    """Return the paths of the files that a CSV table or a text file lists."""
     if not names:
         raise UserError(f"{what} lists no images: expected at least one image path")
     folder = os.path.dirname(file)
@@ -280,10 +243,7 @@ def _find_listed_image_files(names: Sequence[str], file: str, what: str) -> list
 
 
 def _find_listed_image_file(name: str, folder: str) -> str | None:
-    """Return the path of a file in the working folder or in `folder`, or None if the file does not exist.
-
-    The function first tries `name` as written, then `name` without leading and trailing spaces.
-    """
+    """Return the path of a file in the working folder or in `folder`, or None if the file does not exist."""
     for spelling in (name, name.strip()):
         for path in (spelling, os.path.join(folder, spelling)):
             if os.path.exists(path):
@@ -310,16 +270,12 @@ def list_labelled_images(
     """List real and fake images from exactly one source: folders, a folder tree, or a CSV table.
 
     Args:
-        real_roots, fake_roots: folders of real and of fake images.
-        tree: root of a folder tree, see `list_labelled_images_in_tree`.
-        csv_file: path of a CSV table, see `list_labelled_images_in_csv`.
         flags: command-line flags with which the user can give images, used in error messages.
         training: whether to leave out images for validation or test in a folder tree.
 
     Raises:
-        UserError: if no source or more than one source is given.
-        UserError: if only one of `real_roots` and `fake_roots` is given.
-        UserError: if a file is listed both as real and as fake.
+        UserError: if not exactly one source of real and fake images is given, or if a file is listed both as real and
+            as fake.
     """
     sources = [bool(real_roots or fake_roots), bool(tree), bool(csv_file)].count(True)
     if sources != 1:
@@ -345,10 +301,7 @@ def list_labelled_images(
 
 
 def _refuse_files_in_both_classes(items: Sequence[Item]) -> None:
-    """Raise a UserError if a file is listed both as real and as fake.
-
-    A link and the file to which it points count as the same file.
-    """
+    """Raise a UserError if a file is listed both as real and as fake, also through a link."""
     first_with = {}  # (device, inode) of each file -> first item in `items` with this file
     conflicts = []
     for item in items:
@@ -380,10 +333,10 @@ def require_real_and_fake_images(items: Sequence[Item], what: str) -> None:
 
 
 def list_images_without_labels(paths: Sequence[str]) -> list[Item]:
-    """List the images of folders and files as `Item`s whose label is None.
+    """List the images of folders and files, in the order of `paths`, as `Item`s whose label is None.
 
-    The images have the order of `paths`. Residual pictures and figures that test.py has written are left out. An image
-    that is given twice, by its path and by its folder, is listed once.
+    Residual pictures and figures that test.py has written are left out. An image that is given twice, by its path and
+    by its folder, is listed once.
 
     Args:
         paths: folders, which are searched for images, and image files with any suffix.
@@ -458,8 +411,7 @@ def hash_image_files(items: Sequence[Item]) -> np.ndarray:
     """Compute hashes of training images, for `count_images_trained_on`.
 
     Returns:
-        the hashes, int64 (N, 2): each row contains two hashes of one image file. The first column contains a hash of
-        the name and the size of the file. The second column contains a hash of 64 bytes in the middle of the file.
+        int64 (N, 2): for each image file, a hash of its name and size, and a hash of 64 bytes in its middle.
     """
     rows = [(_hash_name_and_size(item.path), _hash_middle_of_file(item.path)) for item in items]
     return np.array(rows, np.int64).reshape(-1, 2)
@@ -467,8 +419,6 @@ def hash_image_files(items: Sequence[Item]) -> np.ndarray:
 
 def count_images_trained_on(items: Sequence[Item], trained_on: np.ndarray) -> int:
     """Count how many of the given images a detector was trained on.
-
-    An image file is opened only if a training image has the same file name and the same number of bytes.
 
     Args:
         trained_on: hashes of the training images, from `hash_image_files`.
@@ -485,10 +435,7 @@ def _hash_name_and_size(path: str) -> int:
 
 
 def _hash_middle_of_file(path: str) -> int:
-    """Compute a hash of 64 bytes in the middle of a file.
-
-    The function reads only these 64 bytes, so that it is also fast for large files.
-    """
+    """Compute a hash of 64 bytes in the middle of a file."""
     with open(path, "rb") as file:
         file.seek(os.path.getsize(path) // 2)
         return _hash_to_int64(file.read(64))

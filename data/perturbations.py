@@ -1,18 +1,12 @@
 """Perturbations of images: blur, cropping, JPEG compression, noise and resizing.
 
-Images are uint8 (3, H, W) RGB tensors. Every perturbation returns an image of the same size as its input. Images are
-perturbed by one of two protocols, frank2020 and sweep. Metrics of one protocol cannot be compared with metrics of the
-other protocol.
+Images are uint8 (3, H, W) RGB tensors, and every perturbation returns an image of the same size as its input.
 
 In the protocol frank2020, a perturbation changes an image with probability 0.5, at a random strength, as in Frank et
 al., "Leveraging Frequency Analysis for Deep Fake Image Recognition" (ICML 2020). In the protocol sweep, a perturbation
-changes every image at a fixed strength.
+changes every image at a fixed strength. Metrics of one protocol cannot be compared with metrics of the other protocol.
 
 To add a perturbation, write a function that perturbs an image, and add the function to SWEEP or FRANK2020.
-
-A `Perturbation` draws random numbers that depend only on the pixels of the image, the protocol, the name of the
-perturbation and the seed. The batch size, the order of the images and the number of workers do not change these random
-numbers.
 """
 
 import io
@@ -42,8 +36,8 @@ NOISE_VARIANCE = (5.0, 20.0)  # smallest and largest variance, for pixel values 
 def blur_image(image: Tensor, kernel_size: int, sigma: float) -> Tensor:
     """Blur an image with a Gaussian kernel, and round the result to uint8.
 
-    The border is reflected without repeating the outermost pixel (BORDER_REFLECT_101 in OpenCV). The image is blurred
-    along one axis at a time. Along an axis of n pixels, the radius of the kernel is at most n - 1.
+    The border is reflected without repeating the outermost pixel (BORDER_REFLECT_101 in OpenCV). Along an axis of n
+    pixels, the radius of the kernel is at most n - 1.
     """
     x = image.float()  # (3, H, W)
     for _ in range(2):
@@ -60,7 +54,7 @@ def crop_and_enlarge(image: Tensor, fraction: float) -> Tensor:
     """Crop the centre of an image, and enlarge the crop to the size of the image.
 
     The crop is enlarged by bicubic interpolation without antialiasing, because PyTorch then uses the bicubic kernel of
-    OpenCV. With antialiasing, PyTorch uses a different bicubic kernel.
+    OpenCV.
 
     Args:
         fraction: fraction of the height and of the width that is cut off, in equal parts at both ends.
@@ -73,11 +67,7 @@ def crop_and_enlarge(image: Tensor, fraction: float) -> Tensor:
 
 
 def compress_as_jpeg(image: Tensor, quality: int) -> Tensor:
-    """Compress an image as baseline JPEG with 4:2:0 chroma subsampling, and decode the JPEG image.
-
-    Args:
-        quality: libjpeg's quality from 1 to 100.
-    """
+    """Compress an image as baseline 4:2:0 JPEG with libjpeg's `quality` (1 to 100), and decode the JPEG image."""
     file = io.BytesIO()
     Image.fromarray(image.permute(1, 2, 0).numpy()).save(file, "JPEG", quality=quality, subsampling="4:2:0")
     decoded = np.array(Image.open(file))  # (H, W, 3)
@@ -95,11 +85,7 @@ def add_noise(image: Tensor, std: float, rng: np.random.Generator) -> Tensor:
 
 
 def shrink_and_enlarge(image: Tensor, factor: float) -> Tensor:
-    """Shrink an image by bicubic interpolation, and enlarge it to its original size by bicubic interpolation.
-
-    Args:
-        factor: factor in (0, 1] by which height and width are multiplied.
-    """
+    """Shrink both sides of an image by a factor in (0, 1], and enlarge it to its original size (bicubic)."""
     height, width = image.shape[-2:]
     small = resize_bicubic(image, max(1, round(height * factor)), max(1, round(width * factor)))
     return resize_bicubic(small, height, width)
@@ -133,8 +119,7 @@ def compress_with_random_quality(image: Tensor, rng: np.random.Generator) -> Ten
     return compress_as_jpeg(image, int(rng.integers(*JPEG_QUALITY, endpoint=True)))
 
 
-# FRANK2020 maps the name of each perturbation to its function.
-# The setting "combined" applies all perturbations in the order of FRANK2020.
+# The setting "combined" applies perturbations in the order of FRANK2020.
 # JPEG is last, because an image is usually compressed when it is saved.
 FRANK2020 = {
     "crop": crop_by_random_amount,
@@ -148,10 +133,7 @@ FRANK2020 = {
 
 
 def blur_at_strength(image: Tensor, sigma: float, _: np.random.Generator) -> Tensor:
-    """Blur an image with a Gaussian kernel whose standard deviation is `sigma` pixels.
-
-    The radius of the kernel is 4 * sigma, rounded up to whole pixels, or less in a very small image.
-    """
+    """Blur an image with a Gaussian kernel whose standard deviation is `sigma` pixels."""
     return blur_image(image, 2 * math.ceil(4 * sigma) + 1, sigma)
 
 
@@ -161,11 +143,7 @@ def compress_at_strength(image: Tensor, quality: float, _: np.random.Generator) 
 
 
 def add_noise_at_strength(image: Tensor, std: float, rng: np.random.Generator) -> Tensor:
-    """Add Gaussian noise to an image.
-
-    Args:
-        std: standard deviation of the noise, for pixel values in [0, 1].
-    """
+    """Add Gaussian noise with standard deviation `std`, for pixel values in [0, 1], to an image."""
     return add_noise(image, std * 255, rng)
 
 
@@ -201,10 +179,7 @@ SWEEP = {
 
 
 class PerturbationSetting(NamedTuple):
-    """The name of a perturbation, and in the protocol sweep also its strength.
-
-    The perturbation "none" does not change images.
-    """
+    """The name of a perturbation, and in the protocol sweep also its strength."""
 
     name: str
     strength: float | None = None  # None if the name is "none" or the protocol is frank2020
@@ -228,7 +203,7 @@ class PerturbationSetting(NamedTuple):
 
 
 def list_perturbation_settings(protocol: str) -> list[PerturbationSetting]:
-    """List all perturbation settings of a protocol. The first setting is "none"."""
+    """List all perturbation settings of a protocol, of which the first is "none"."""
     settings = [PerturbationSetting("none")]
     if protocol == "frank2020":
         settings += [PerturbationSetting(name) for name in sorted(FRANK2020)]
@@ -243,9 +218,8 @@ def select_perturbations(protocol: str, requested: Sequence[tuple[str, float | N
     """List the perturbation settings that the option `--perturb NAME[=STRENGTH] ...` requests.
 
     Args:
-        protocol: "frank2020" or "sweep".
-        requested: pairs (name, strength). A pair with the strength None selects all strengths of the perturbation. A
-            pair with the name "all" selects every perturbation.
+        requested: pairs (name, strength); the strength None selects all strengths of a perturbation, and the name "all"
+            selects every perturbation.
 
     Returns:
         the settings in the requested order, without duplicates.
@@ -276,10 +250,8 @@ def select_perturbations(protocol: str, requested: Sequence[tuple[str, float | N
 class Perturbation(NamedTuple):
     """A transform for `ImageDataset` that applies one perturbation setting to images.
 
-    In the protocol frank2020, a perturbation is applied to an image with probability 0.5. The setting "combined"
-    applies each perturbation of FRANK2020 with probability 0.5. In the protocol sweep, a perturbation is applied to
-    every image. In the protocol sweep, "noise" draws one random pattern for an image, and uses this pattern at all
-    strengths.
+    The setting "combined" applies each perturbation of FRANK2020 with probability 0.5. The random numbers for an image
+    depend only on the pixels of the image, the protocol, the name of the perturbation and the seed.
     """
 
     setting: PerturbationSetting
@@ -330,8 +302,8 @@ def _require_image_of_equal_shape(perturbed: Tensor, image: Tensor, name: str) -
 def perturb_at_random(image: Tensor, rng: np.random.Generator) -> Tensor:
     """Apply a random perturbation of FRANK2020 to a training image with probability 0.5.
 
-    Training must perturb both real and fake images. If only one class were perturbed, the detector would learn to
-    recognize perturbed images instead of fake images.
+    Training must perturb both real and fake images, because otherwise the detector would learn to recognize perturbed
+    images instead of fake images.
     """
     if rng.random() >= PROBABILITY:
         return image

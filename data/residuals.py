@@ -1,11 +1,7 @@
 """Store residuals on disk for training with a frozen re-synthesizer.
 
-A frozen re-synthesizer computes the same residual of an image in every epoch. Therefore each residual is computed only
-once and stored in a cache. The cache has one file for each crop of an image, and one file for each mirrored crop. The
-residual of a mirrored image is not the mirrored residual of the image, because convolution kernels are not
-symmetric. The name of the cache folder is a hash of all settings that change residuals. Before each epoch,
-`ResidualDataset.store_missing_residuals` computes the residuals that are not in the cache. Training steps read cached
-residuals instead of images.
+A frozen re-synthesizer computes the same residual of an image in every epoch, so each residual is computed only once.
+Residuals of mirrored images are stored too, because convolution kernels are not symmetric.
 """
 
 import contextlib
@@ -35,7 +31,6 @@ logger = logging.getLogger(__name__)
 
 # STORAGE maps each value of --cache-precision to a data type.
 # Rounding to float16 changes an absolute value above 2^-14 by at most 0.05 % (2^-11).
-# Rounding to float16 changes an absolute value up to 2^-14 by at most 2^-25.
 STORAGE = {"fp16": torch.float16, "fp32": torch.float32}
 ABANDONED_AFTER = 3600  # age in seconds at which a partly written cache file counts as abandoned and is deleted
 FORMAT = 2  # version of the cache files; increase FORMAT if residuals are computed or stored in another way
@@ -43,8 +38,6 @@ FORMAT = 2  # version of the cache files; increase FORMAT if residuals are compu
 
 def create_cache_folder(folder: Path, settings: Mapping[str, object]) -> Path:
     """Create the cache folder for residuals that are computed with the given settings, and return its path.
-
-    Several runs may use the same cache folder at the same time.
 
     Args:
         folder: the parent folder of all cache folders.
@@ -61,13 +54,9 @@ def create_cache_folder(folder: Path, settings: Mapping[str, object]) -> Path:
 
 
 def residuals_fit_in_cache(folder: Path, sizes: Sequence[int], max_bytes: float) -> bool:
-    """Return whether the residuals fit into the cache, and log the result.
-
-    The residuals fit if they take at most `max_bytes` in total, and if the disk has space for those that are not yet
-    stored.
+    """Return whether the residuals fit into the cache and onto the disk, and log the result.
 
     Args:
-        folder: the cache folder, from `create_cache_folder`.
         sizes: size in bytes of each residual that training needs.
         max_bytes: largest allowed sum of `sizes`.
     """
@@ -97,7 +86,6 @@ class ResidualDataset(Dataset):
 
     Args:
         images: a dataset whose crops are the same in every epoch, apart from random mirroring.
-        folder: the cache folder, from `create_cache_folder`.
         dtype: data type of the stored residuals: torch.float16 or torch.float32.
     """
 
@@ -152,7 +140,6 @@ class ResidualDataset(Dataset):
         item = self.images.get_image_item_of_dataset_index(key.index)
         name = make_printable(item.path)
         if not self.is_residual_stored(key):
-            # If the image cannot be read, `self.images[key]` returns a `Sample` with the error message
             error = self.images[key].error
             lost = f"{name}: its residual is not in the cache {make_printable(self.folder)} any more"
             reason = "because the image file or the cache was changed during training"
@@ -177,8 +164,7 @@ class ResidualDataset(Dataset):
     ) -> None:
         """Compute and store all residuals that an epoch needs, except those that are in the cache already.
 
-        The missing residuals are divided among the processes. Residuals are computed for one image at a time, so that
-        they do not depend on other images in a batch.
+        Residuals are computed for one image at a time, so that they do not depend on other images in a batch.
 
         Args:
             residual_of: function that computes the residual (1, C_l, H_l, W_l) of a batch of one image.
@@ -220,9 +206,8 @@ def create_residual_datasets(
         key: names and values of all settings that change residuals.
 
     Returns:
-        a list of one `ResidualDataset` for each dataset in `datasets`. If a dataset draws new crops in each epoch or
-        has a `transform`, the function returns an empty list. If the residuals do not fit into the cache, the function
-        returns an empty list.
+        one `ResidualDataset` for each dataset, or an empty list if the images change in each epoch or the residuals do
+        not fit into the cache.
     """
     for images in datasets:
         if images.crops_change_each_epoch or images.transform:

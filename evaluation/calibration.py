@@ -8,8 +8,7 @@ from utils.checkpoints import Fields
 from utils.console import make_printable
 from utils.errors import UserError
 
-# Thresholds between -THRESHOLD_TOLERANCE and 1 + THRESHOLD_TOLERANCE are accepted.
-# A threshold chosen by tools.calibrate can be the largest float below 0 or the smallest float above 1.
+# A threshold chosen by tools.calibrate can be the largest float below 0 or the smallest float above 1
 THRESHOLD_TOLERANCE = 1e-6
 UNCALIBRATED = {"temperature": 1.0, "t_real": 0.5, "t_fake": 0.5}
 
@@ -19,10 +18,9 @@ def probabilities_and_verdicts(logits: np.ndarray, calibration: Mapping | None =
 
     Args:
         logits: (N, 2), with the columns FAKE and REAL.
-        calibration: the dict that `tools.calibrate` stores in a checkpoint. The logits are divided by
-            calibration["temperature"]. The verdict is fake if P(fake) >= calibration["t_fake"], otherwise real if
-            P(fake) <= calibration["t_real"], otherwise unsure. Without a calibration, the temperature is 1, and t_fake
-            and t_real are 0.5.
+        calibration: the dict that `tools.calibrate` stores in a checkpoint (default: UNCALIBRATED). The logits are
+            divided by calibration["temperature"]. The verdict is fake if P(fake) >= calibration["t_fake"], otherwise
+            real if P(fake) <= calibration["t_real"], otherwise unsure.
 
     Returns:
         P(fake), float64 (N,) in [0, 1], and N verdicts: real, fake or unsure.
@@ -43,11 +41,7 @@ def sigmoid(x: np.ndarray) -> np.ndarray:
 
 
 def check_calibration(calibration: object, name: str) -> dict:
-    """Check a calibration that was read from a checkpoint.
-
-    Args:
-        calibration: the entry "calibration" of the checkpoint; None if the checkpoint has no such entry.
-        name: file name of the checkpoint, for the error message.
+    """Check the entry "calibration" of the checkpoint with the file name `name`.
 
     Returns:
         The calibration as a dict, which is empty if the checkpoint has no calibration.

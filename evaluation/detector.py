@@ -1,10 +1,10 @@
-"""A trained detector of generated images. P(fake) is the probability that an image is generated.
+"""A trained detector of generated images.
 
     from evaluation import load
     detector = load("output_end2end/mine/best.pth.tar")
     detector.predict(["a.jpg", "b.png"])     # P(fake), numpy (2,)
 
-test.py scores images with the class `Detector` of this module.
+P(fake) is the probability that an image is generated.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -31,22 +31,21 @@ BATCH_PIXELS = 1024 * 1024  # maximum number of pixels in a batch; a larger imag
 class Examination(NamedTuple):
     """The logits of one image, and the tensors from which a detector computes the logits.
 
-    The image is cut into K crops. All tensors are float32 on the CPU.
+    All tensors are float32 on the CPU.
     """
 
-    x: Tensor  # the crops, (K, 3, h, w) in [0, 1]
+    x: Tensor  # the K crops of the image, (K, 3, h, w) in [0, 1]
     x_hat: Tensor  # the re-synthesized crops, (K, 3, h, w), with values mostly in [0, 1]
-    residual: Tensor  # the residuals of the crops, (K, C_l, h_l, w_l): differences between feature maps
+    residual: Tensor  # the residuals of the crops, (K, C_l, h_l, w_l)
     logits: Tensor  # (2,), the logits of FAKE and REAL, averaged over the crops
-    columns: int  # number of columns of the grid of crops
+    columns: int  # number of crops in each row of crops
 
 
 @dataclass(frozen=True)
 class Detector:
     """A trained network with all settings that its scores depend on.
 
-    `predict`, `verdict` and `residual` take one image or several images. By default, images are resized
-    and cropped to the sizes used in training.
+    `predict`, `verdict` and `residual` take one image or several images.
     """
 
     network: ResynthesisDetector
@@ -59,10 +58,7 @@ class Detector:
     crops: int = 1  # number of crops per image; the logits are averaged over the crops
 
     def predict(self, images: Iterable[ImageInput] | ImageInput) -> np.ndarray:
-        """Compute the probability P(fake) of each image, float64 (N,).
-
-        If the detector is calibrated, P(fake) is computed from the logits divided by the calibration's temperature.
-        """
+        """Compute the probability P(fake) of each image, float64 (N,)."""
         prob_fake, _ = probabilities_and_verdicts(self._compute_logits_of_image_inputs(images), self.calibration)
         return prob_fake
 
@@ -74,9 +70,9 @@ class Detector:
     def residual(self, images: Iterable[ImageInput] | ImageInput) -> list[Tensor]:
         """Compute the residual of each image, float32 (C_l, H_l, W_l), on the CPU.
 
-        A residual is the absolute difference between the features of an image and the features of its re-synthesis. If
-        `network.signed` is True, a residual is instead the features of the re-synthesis minus the features of the
-        image. If `crops` is greater than 1, the residual still covers the whole image.
+        A residual is the absolute difference between the features of an image and the features of its re-synthesis, or,
+        if `network.signed` is True, the features of the re-synthesis minus the features of the image. If `crops` is
+        greater than 1, the residual still covers the whole image.
         """
         residuals = []
         for batch in self._group_images_into_batches(images):
@@ -88,7 +84,7 @@ class Detector:
 
     @torch.inference_mode()
     def logits(self, images: Tensor) -> Tensor:
-        """Compute the logits of images. With several crops per image, the logits are averaged over the crops.
+        """Compute the logits of images.
 
         Args:
             images: uint8 (B, 3, H, W), a batch of images returned by `decode_resize_and_crop_image`.
@@ -120,11 +116,8 @@ class Detector:
             images: uint8 (B, 3, H, W).
 
         Returns:
-            x: the images (B, 3, H, W), with values in [0, 1].
-            x_hat: the re-synthesized images (B, 3, H, W).
-            residual: the residuals (B, C_l, H_l, W_l), which are differences between feature maps.
-
-            All three tensors are on the detector's device.
+            The images (B, 3, H, W) in [0, 1], the re-synthesized images (B, 3, H, W) and the residuals
+            (B, C_l, H_l, W_l), on the detector's device.
         """
         x = self.compute.images_to_float(images)  # (B, 3, H, W)
         with self.compute.autocast():
@@ -144,10 +137,7 @@ class Detector:
         return Examination(x, x_hat, residual, logits.mean(dim=0), columns)
 
     def cut_crops(self, image: Tensor) -> tuple[Tensor, int]:
-        """Cut an image (3, H, W) into a grid of K crops.
-
-        Returns the crops (K, 3, h, w), ordered row by row, and the number of columns of the grid.
-        """
+        """Return K crops (K, 3, h, w) of an image (3, H, W), ordered row by row, and the number of crops per row."""
         return cut_evenly_spread_crops(image, self.crop_side, self.crops)
 
     @property
@@ -159,10 +149,7 @@ class Detector:
 
     @property
     def resize_and_crop_policy_for_reading(self) -> SizePolicy:
-        """Return the rule by which images are resized and cropped when they are read.
-
-        If `crops` is greater than 1, images are not cropped when they are read: `cut_crops` cuts the crops later.
-        """
+        """Return the rule by which images are resized and, if `crops` is 1, cropped when they are read."""
         return self.policy if self.crops == 1 else self.policy._replace(crop_size=None)
 
     def decode_resize_and_crop_image(self, image: ImageInput) -> Tensor:
@@ -206,8 +193,6 @@ class Detector:
     def describe_differences_from_training_images(self, paths: Sequence[str]) -> list[str]:
         """Compare image files with the training images, and list the differences in size and file format.
 
-        Each difference is described in one line of text.
-
         Returns an empty list if the checkpoint does not describe its training images.
         """
         known = self.config.get("images") or {}
@@ -243,9 +228,9 @@ def describe_training_images(images: ImageDataset) -> dict:
     """Describe the sizes and the file formats of the training images, in a dict that is stored in the checkpoint.
 
     Returns:
-        A dict with the keys "sides" and "jpegs". "sides" holds the minimum and the maximum, in pixels, of the
-        images' shorter sides. "jpegs" is the fraction of JPEG files. If training perturbs images, "jpegs" is instead
-        set to 0.5, because JPEG compression is one of the perturbations.
+        A dict with the entries "sides" (the minimum and the maximum, in pixels, of the images' shorter sides) and
+        "jpegs" (the fraction of JPEG files). If training perturbs images, "jpegs" is instead set to 0.5, because JPEG
+        compression is one of the perturbations.
     """
     sides = [min(header.size) for header in images.headers]
     jpegs = float(np.mean([header.jpeg for header in images.headers]))

@@ -1,8 +1,7 @@
 """Draw figures of scores, metrics and residuals as PNG files.
 
-Fake is the positive class. Histograms of real images are grey. Each generator has the same colour and dash pattern in
-all panels of a figure. The colours of the generators are from Okabe and Ito (2008), so that colour-blind readers can
-distinguish the generators.
+The colours of the generators are from Okabe and Ito (2008), so that colour-blind readers can distinguish the
+generators.
 """
 
 import contextlib
@@ -56,14 +55,11 @@ LEFTMOST_FPR = 0.005  # left end of the logarithmic FPR axis; the end is further
 CHANCE_STYLE = {"color": REAL_COLOR, "lw": 0.9, "ls": (0, (2, 2)), "zorder": 1}
 MARGIN_LABEL = "\N{LEFTWARDS ARROW} real     logit(fake) \N{MINUS SIGN} logit(real)     fake \N{RIGHTWARDS ARROW}"
 HIGHEST_PICTURE = 34  # maximum height in inches of the panels that `draw_residual_picture` draws
-BRIGHTEST = 0.005  # fraction of a residual's values that share the brightest colour
+BRIGHTEST = 0.005  # fraction of a residual's values that share the brightest colour: outliers would darken the picture
 
 
 def draw_roc_and_histograms(table: ScoreTable, path: str | os.PathLike) -> None:
-    """Draw three panels: ROC curves, ROC curves with a logarithmic FPR axis, and histograms of the scores.
-
-    The logarithmic axis shows low false-positive rates (FPR) in detail.
-    """
+    """Draw three panels: ROC curves, ROC curves with a logarithmic FPR axis, and histograms of the scores."""
     with write_png_figure(path, size=(13, 4.2), shape=(1, 3)) as (left, middle, right):
         draw_roc(left, table)
         draw_roc(middle, table, is_logarithmic=True)
@@ -78,10 +74,8 @@ def draw_auroc_by_perturbation_strength(
     In each panel, the strength that changes images most is at the right end of the axis.
 
     Args:
-        curves: a dict {name of a perturbation: list of pairs}. Each pair holds a strength and a dict {name of a
-            generator: its metrics at this strength}. The pairs are sorted by strength.
-        clean: AUROC of each generator on unperturbed images, or None if unknown. A dotted line shows the AUROC on
-            unperturbed images.
+        curves: a dict {name of a perturbation: pairs (strength, {name of a generator: metrics}) sorted by strength}.
+        clean: AUROC of each generator on unperturbed images, drawn as a dotted line, or None if unknown.
     """
     generators = sorted({name for points in curves.values() for _, measured in points for name in measured})
     columns = min(len(curves), 3)
@@ -114,10 +108,9 @@ def draw_residual_picture(
     """Draw an image, its re-synthesis and the residual side by side, with a colour scale for the residual.
 
     Args:
-        x: the image (3, H, W). Values of x outside [0, 1] are clipped.
-        x_hat: the re-synthesis (3, H, W). Values of x_hat outside [0, 1] are clipped.
-        residual: (H_l, W_l), the absolute value of the residual, averaged over its channels. The largest 0.5 % of the
-            residual's values share the brightest colour, so that a few very large values do not make the picture dark.
+        x: the image (3, H, W); values outside [0, 1] are clipped.
+        x_hat: the re-synthesis (3, H, W); values outside [0, 1] are clipped.
+        residual: (H_l, W_l), the absolute value of the residual, averaged over its channels.
         title: title of the first panel.
         description: text that is stored in the PNG file.
     """
@@ -148,7 +141,6 @@ def draw_roc(axes: Axes, table: ScoreTable, is_logarithmic: bool = False) -> Non
             fpr, tpr = metrics.roc_curve(scores, is_fake)
             if is_logarithmic:
                 # A logarithmic axis has no 0, so an FPR of 0 is drawn at half the smallest positive FPR
-                # With more than 50,000 real images, every FPR below 1e-5 is drawn at 1e-5
                 smallest = max(0.5 / np.sum(~is_fake), 1e-5)
                 fpr = np.maximum(fpr, smallest)
                 left_end = min(left_end, smallest)
@@ -167,10 +159,7 @@ def draw_roc(axes: Axes, table: ScoreTable, is_logarithmic: bool = False) -> Non
 
 
 def draw_histograms(axes: Axes, table: ScoreTable) -> None:
-    """Draw a histogram of the scores of real images, and a histogram for each generator's fakes.
-
-    The height of a bar is the number of images in its bin, divided by the number of images in the histogram.
-    """
+    """Draw a histogram of the scores of real images, and a histogram for each generator's fakes."""
     table = table.select_rows(table.has_label_and_score if table.has_label_and_score.any() else table.has_score)
     edges = histogram_bin_edges(table.logit_margins)
     # The first and the last bin also count the scores that lie outside all bins
@@ -187,8 +176,6 @@ def draw_histograms(axes: Axes, table: ScoreTable) -> None:
 
 def select_images_of_each_histogram(table: ScoreTable) -> list[tuple[str, np.ndarray, dict]]:
     """Select the images of each histogram: real images, unlabelled images, and the fakes of each generator.
-
-    If there are more than MOST_HISTOGRAMS generators, a single histogram shows the fakes of all generators.
 
     Returns:
         For each histogram, its name, a mask (N,) bool of its images, and its style as arguments for `Axes.stairs`.
@@ -209,10 +196,7 @@ def select_images_of_each_histogram(table: ScoreTable) -> list[tuple[str, np.nda
 def draw_robustness_curve(
     axes: Axes, points: Sequence[tuple[float, Mapping]], generator: str, style: Mapping[str, str]
 ) -> None:
-    """Draw the AUROC of one generator against the strength of a perturbation.
-
-    The 95 % bootstrap intervals of the AUROC are also drawn if every point has one.
-    """
+    """Draw the AUROC of one generator, with its bootstrap intervals if known, against a perturbation's strength."""
     strengths = [strength for strength, _ in points]
     values = [measured["auroc"] for _, measured in points]
     axes.plot(
@@ -240,8 +224,8 @@ def write_png_figure(
     Args:
         size: width and height of the figure in inches.
         shape: number of rows and columns of panels.
-        grid: exact positions of the panels, as a dict of arguments for `matplotlib.gridspec.GridSpec`. If `grid` is
-            None, matplotlib takes 0.6 s to place the panels so that all labels fit.
+        grid: arguments for `matplotlib.gridspec.GridSpec` that place the panels, or None if matplotlib chooses their
+            places, which takes 0.6 s.
         description: text that is stored in the PNG file.
     """
     with rc_context(STYLE):
@@ -265,7 +249,7 @@ def choose_generator_line_style(i: int) -> dict[str, str]:
 
 
 def histogram_bin_edges(scores: np.ndarray) -> np.ndarray:
-    """Choose the edges of histogram bins. The bins cover the middle 99 % of the scores.
+    """Choose the edges of histogram bins that cover the middle 99 % of the scores.
 
     One edge is at zero, so that no bin holds both negative and positive scores.
     """
@@ -277,10 +261,7 @@ def histogram_bin_edges(scores: np.ndarray) -> np.ndarray:
 
 
 def draw_legend(axes: Axes, title: str | None, place: str) -> None:
-    """Draw the legend of a panel: inside the panel, or below all panels if the legend is long.
-
-    A panel that shows no data gets the text "needs real and fake images" instead of a legend.
-    """
+    """Draw the legend of a panel: inside the panel, or below all panels if the legend is long."""
     entries = len(axes.get_legend_handles_labels()[0])
     if entries > LONGEST_LEGEND:
         draw_legend_below(axes, title)
@@ -292,7 +273,7 @@ def draw_legend(axes: Axes, title: str | None, place: str) -> None:
 
 
 def draw_legend_below(axes: Axes, title: str | None) -> None:
-    """Draw the legend of a panel below all panels. The figure becomes taller by the height of the legend."""
+    """Draw the legend of a panel below all panels."""
     handles, labels = axes.get_legend_handles_labels()
     columns = min(len(handles), int(axes.figure.get_figwidth() / LEGEND_ENTRY_WIDTH))
     place = {"loc": "upper center", "bbox_to_anchor": (0.5, 0)}

@@ -73,8 +73,7 @@ def decode_image_with_pillow(image: Image.Image | BinaryIO) -> Tensor:
 def cut_evenly_spread_crops(image: Tensor, side: int, count: int) -> tuple[Tensor, int]:
     """Cut at most `count` square crops, which are evenly spread over an image.
 
-    The crops form a grid of rows and columns. The ratio rows / columns is as close as possible to the ratio H / W of
-    the image. If several crops would have the same position, only one of them is cut. If the height or the
+    The ratio rows / columns of the crops is as close as possible to the ratio H / W of the image. If the height or the
     width of the image is less than `side`, each crop spans the whole height or width, and is not square.
 
     Args:
@@ -86,7 +85,6 @@ def cut_evenly_spread_crops(image: Tensor, side: int, count: int) -> tuple[Tenso
     """
     height, width = image.shape[1:]
     divisors = [n for n in range(1, count + 1) if count % n == 0]
-    # Choose the number of rows for which rows / columns is closest to height / width of the image
     rows = min(divisors, key=lambda n: abs(math.log((n * n / count) / (height / width))))
     tops = compute_crop_start_positions(height, side, rows)
     lefts = compute_crop_start_positions(width, side, count // rows)
@@ -95,13 +93,9 @@ def cut_evenly_spread_crops(image: Tensor, side: int, count: int) -> tuple[Tenso
 
 
 def compute_crop_start_positions(length: int, side: int, count: int) -> list[int]:
-    """Compute the pixel positions at which `count` crops begin along one side of an image.
+    """Compute the positions at which `count` crops of `side` pixels begin along an image side of `length` pixels.
 
-    A single crop is centred. Duplicate positions are removed.
-
-    Args:
-        length: length of the image's side in pixels.
-        side: side length of a crop in pixels.
+    A single crop is centred, and duplicate positions are removed.
     """
     free = max(length - side, 0)
     if count == 1:

@@ -46,18 +46,16 @@ def load(
     """Load a detector from a checkpoint of train_detector.py or a checkpoint of the paper's authors.
 
     Args:
-        checkpoint: path of the checkpoint.
-        device: a name for `torch.device`, such as "cpu" or "cuda:1", or the number of a GPU. If `device` is None, the
-            first GPU is used. On a machine without a GPU, None means the CPU.
+        device: a name for `torch.device`, such as "cpu" or "cuda:1", or the number of a GPU; None means the first GPU
+            or, on a machine without a GPU, the CPU.
         precision: "auto" (tf32 on a GPU, fp32 on a CPU), "fp32", "tf32", "bf16" or "fp16".
-        resynthesizer: path of the checkpoint of the re-synthesizer. `resynthesizer` is needed only if `checkpoint` is a
+        resynthesizer: path of the checkpoint of the re-synthesizer, which is needed only if `checkpoint` is a
             checkpoint of the paper's authors.
-        vgg_weights: weights of VGG-19: "auto", "imagenet", "random" or the path of a file, as in the flag
-            `--vgg-weights` of test.py.
-        options: settings that the checkpoints of the paper's authors do not store, as a dict {name: value}. The tuple
-            `models.build.OPTION_NAMES` lists the names of these settings ("stage", "dilated", ...). "idx_stages" is
-            another name for "stage", and "no_dilation" means the opposite of "dilated". The options "crop_size",
-            "resize" and "crops" override the settings used in training. The value 0 of "resize" disables resizing.
+        vgg_weights: weights of VGG-19: "auto", "imagenet", "random" or the path of a file.
+        options: settings that the checkpoints of the paper's authors do not store, as a dict {name: value} with names
+            from `models.build.OPTION_NAMES`. "idx_stages" is another name for "stage", and "no_dilation" means the
+            opposite of "dilated". The options "crop_size", "resize" (0 disables resizing) and "crops" override the
+            settings used in training.
 
     Raises:
         UserError: if an argument is invalid or a file cannot be read.
@@ -80,7 +78,7 @@ def detector_from_checkpoint(
     vgg_weights: str,
     options: Mapping,
 ) -> Detector:
-    """Load a detector, and move its network to `compute.device`. See `load` for the other arguments."""
+    """Load a detector as `load` does, and move its network to `compute.device`."""
     source = read_checkpoint_if_path_is_given(checkpoint)
     network, config = load_detector(source, read_checkpoint_if_path_is_given(resynthesizer), options, vgg_weights)
     network.to(compute.device, memory_format=torch.channels_last).eval()
@@ -127,9 +125,7 @@ def select_settings_that_load_accepts(settings: Mapping) -> dict:
 
 
 def check_load_options(options: Mapping) -> dict:
-    """Check the argument `options` of `load`, and rename "idx_stages" to "stage".
-
-    The option no_dilation=True is returned as dilated=False.
+    """Check the argument `options` of `load`, and replace "idx_stages" by "stage" and "no_dilation" by "dilated".
 
     Raises:
         UserError: if an option is unknown or its value is impossible.
@@ -163,10 +159,7 @@ def is_integer_at_least(value: object, lowest: int) -> bool:
 
 
 def check_image_settings_in_config(config: Mapping, name: str) -> Mapping:
-    """Check the entry "images" of a checkpoint's config, which describes the training images.
-
-    Returns:
-        The entry "images", or an empty dict if the config has no entry "images".
+    """Return the checked entry "images" of a checkpoint's config, or an empty dict if there is no entry "images".
 
     Raises:
         UserError: if the entry "images" contains an invalid value.
@@ -187,15 +180,10 @@ def check_image_settings_in_config(config: Mapping, name: str) -> Mapping:
 
 
 def check_training_image_hashes(trained_on: object, name: str) -> Tensor | None:
-    """Check that a checkpoint stores the hashes of its training images as an int64 tensor (N, 2).
-
-    `data.lists.hash_image_files` computes hashes of images.
-
-    Returns:
-        The argument `trained_on`, which is None if the checkpoint contains no hashes.
+    """Check that the hashes of the training images in a checkpoint are an int64 tensor (N, 2) or None.
 
     Raises:
-        UserError: if `trained_on` is not an int64 tensor (N, 2).
+        UserError: if `trained_on` is neither None nor an int64 tensor (N, 2).
     """
     is_table = isinstance(trained_on, Tensor) and trained_on.ndim == 2 and trained_on.shape[1] == 2
     if trained_on is None or (is_table and trained_on.dtype == torch.int64):
@@ -212,8 +200,7 @@ def choose_resize_and_crop_settings(trained: Mapping, options: Mapping) -> Image
 
     Args:
         trained: the values of "crop_size" and "resize" used in training, as far as the checkpoint stores them.
-        options: the values of "crop_size", "resize" (0 disables resizing) and "crops". An option that the user does
-            not choose has the value None or is missing.
+        options: the values of "crop_size", "resize" (0 disables resizing) and "crops", as far as the user chose them.
 
     Raises:
         UserError: if several crops are requested, but no crop size is known.
@@ -232,10 +219,7 @@ def choose_resize_and_crop_settings(trained: Mapping, options: Mapping) -> Image
 
 
 def log_resize_and_crop_settings(settings: ImageSettings, trained: Mapping, options: Mapping) -> None:
-    """Log the values of --crop-size and --resize that are taken from training, and the number of crops.
-
-    A warning is logged if the user chose a --crop-size or --resize that differs from the value used in training.
-    """
+    """Log the settings that are taken from training and the number of crops, and warn if other settings are chosen."""
     for name in ("crop_size", "resize"):
         flag = f"--{name.replace('_', '-')}"
         used = getattr(settings, name)

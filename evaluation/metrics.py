@@ -1,9 +1,8 @@
 """Compute metrics and their bootstrap intervals from the scores of images, and format the metrics as tables.
 
-FAKE IS THE POSITIVE CLASS: an image with a higher score is more likely to be generated. A false positive is a real
-image that is called fake. Exception: for precision_real_positive and recall_real_positive, REAL is the positive class,
-as in the release. The value of an undefined metric is None, because JSON has no NaN. For example, AUROC is None if all
-images are real.
+FAKE IS THE POSITIVE CLASS: an image with a higher score is more likely to be generated. Exception: for
+precision_real_positive and recall_real_positive, REAL is the positive class, as in the release. The value of an
+undefined metric is None, because JSON has no NaN.
 """
 
 import math
@@ -30,10 +29,7 @@ RELEASE = "as in the code of the paper's authors (positive class: REAL)"
 
 
 def auroc(scores: np.ndarray, is_fake: np.ndarray) -> float | None:
-    """Compute the area under the ROC curve: the probability that a fake image scores higher than a real image.
-
-    If a fake image and a real image have equal scores, the pair counts as one half.
-    """
+    """Compute the area under the ROC curve: the probability that a fake image scores higher than a real image."""
     return float(roc_auc_score(is_fake, scores)) if has_real_and_fake_images(is_fake) else None
 
 
@@ -46,8 +42,8 @@ def roc_curve(scores: np.ndarray, is_fake: np.ndarray) -> tuple[np.ndarray, np.n
     """Compute the ROC curve.
 
     Returns:
-        The false-positive rates (K,) and the true-positive rates (K,) at K points of the curve. The result is None if
-        there is no real image or no fake image.
+        The false-positive rates (K,) and the true-positive rates (K,) at K points of the curve, or None if there is no
+        real image or no fake image.
     """
     if not has_real_and_fake_images(is_fake):
         return None
@@ -75,8 +71,8 @@ def tpr_at_fpr(scores: np.ndarray, is_fake: np.ndarray, highest_fpr: float) -> f
 def expected_calibration_error(prob_fake: np.ndarray, is_fake: np.ndarray) -> float | None:
     """Compute the expected calibration error over 15 bins of P(fake).
 
-    The error of a bin is |fraction of fakes - mean P(fake)|. The result is the mean error of all bins, weighted by the
-    number of images in each bin.
+    The result is the mean of |fraction of fakes - mean P(fake)| over the bins, weighted by the number of images in each
+    bin.
     """
     if len(prob_fake) == 0:
         return None
@@ -104,7 +100,6 @@ class Metric(NamedTuple):
     """A number that is computed from a score table, such as AUROC.
 
     The function `compute` returns None or NaN if the metric is not defined, for example without fake images.
-    `compute_metrics_over_all_rows` replaces NaN by None.
     """
 
     label: str
@@ -138,18 +133,15 @@ def compute_bootstrap_intervals(
 ) -> dict[str, list[float]] | None:
     """Estimate 95 % intervals of metrics by the bootstrap.
 
-    A resample consists of as many real and as many fake images as were given, drawn with replacement. The images are
-    sorted by score only once, because a resample is stored as the number of times that each image was drawn.
+    A resample consists of as many real and as many fake images as were given, drawn with replacement.
 
     Args:
         scores: (N,), the margin logit_fake - logit_real of each image. An image is called fake if its margin is >= 0.
-        is_fake: (N,) bool, whether each image is fake.
-        resamples: number of resamples.
-        seed: random seed.
+        is_fake: (N,) bool.
 
     Returns:
-        The intervals {"accuracy": [low, high], "auroc": [low, high], "average_precision": [low, high]}. The result is
-        None if a class has fewer than two images.
+        The intervals {"accuracy": [low, high], "auroc": [low, high], "average_precision": [low, high]}, or None if a
+        class has fewer than two images.
     """
     order = np.argsort(-scores, kind="stable")
     scores, is_fake = scores[order], is_fake[order]
@@ -191,13 +183,11 @@ def compute_metrics_overall_and_per_generator(table: ScoreTable, resamples: int 
     """Compute all reported metrics and counts of a labelled score table, as a dict that can be written as JSON.
 
     Args:
-        resamples: number of bootstrap resamples. If `resamples` is 0, no intervals are computed.
-        seed: random seed of the bootstrap.
+        resamples: number of bootstrap resamples; 0 means that no intervals are computed.
 
     Returns:
-        A dict whose entry "all" holds the metrics of all images with a label and a score. "generators" is a dict
-        {name: metrics}. "mean" holds the means that `average_metrics_over_generators` computes. "images" holds numbers
-        of images. "notes" is a list of warnings, for example about undefined metrics.
+        A dict whose entries include "all" (the metrics of all images with a label and a score), "generators" (a dict
+        {name: metrics}), "mean" (the means over the generators), "images" (numbers of images) and "notes" (warnings).
     """
     all_images = compute_metrics_over_all_rows(table.select_rows(table.has_label_and_score), resamples, seed)
     generators = {}
@@ -221,7 +211,7 @@ def compute_metrics_overall_and_per_generator(table: ScoreTable, resamples: int 
 
 
 def compute_metrics_over_all_rows(table: ScoreTable, resamples: int = RESAMPLES, seed: int = 0) -> dict:
-    """Compute all metrics of a score table. Every row must have a label and a score."""
+    """Compute all metrics of a score table in which every row has a label and a score."""
     values = {}
     for name, metric in METRICS.items():
         value = metric.compute(table.logit_margins, table.prob_fake, table.is_fake)
@@ -251,7 +241,7 @@ def list_undefined_or_unreliable_metrics(groups: Mapping[str, Mapping]) -> list[
     """Return warnings about undefined metrics, and about metrics that are computed from few real images.
 
     Args:
-        groups: a dict whose keys are the names of generators and "all images", and whose values are dicts of metrics.
+        groups: a dict {name of a generator or "all images": dict of metrics}.
     """
     lines, few = [], []
     for name, measured in groups.items():
@@ -269,9 +259,8 @@ def list_undefined_or_unreliable_metrics(groups: Mapping[str, Mapping]) -> list[
 def select_fakes_and_reals_per_generator(table: ScoreTable) -> dict[str, np.ndarray]:
     """Select the rows of each generator: the fakes of the generator, and the real images for comparison.
 
-    The fakes of a generator are compared with the real images whose column "generator" holds the name of that
-    generator. If no real image has the name of a generator, the fakes of the generator are compared with the real
-    images whose column "generator" is empty.
+    The real images for comparison have the name of the generator in their column "generator", or an empty column
+    "generator" if no real image has the name of the generator.
 
     Returns:
         A dict from the name of each generator to a mask (N,) bool of its rows, sorted by name.
@@ -297,7 +286,6 @@ def format_percent(measured: Mapping, name: str) -> str:
 
     Args:
         measured: a dict of metrics by name, with their bootstrap intervals under the key "intervals".
-        name: name of the metric.
     """
     if measured[name] is None:
         return "-"
@@ -313,9 +301,8 @@ def make_metric_table(summaries: Mapping[str, dict], columns: Sequence[str] = ()
     """Make a table with one row per generator, one row for the mean over generators and one row for all images.
 
     Args:
-        summaries: a dict {name of a score table: result of `compute_metrics_overall_and_per_generator`}. If `summaries`
-            has several entries, the first column shows the names of the score tables.
-        columns: names of metrics. If `columns` is empty, the table shows all metrics whose `is_column` is True.
+        summaries: a dict {name of a score table: result of `compute_metrics_overall_and_per_generator`}.
+        columns: names of metrics (default: all metrics whose `is_column` is True).
     """
     columns = columns or [name for name, metric in METRICS.items() if metric.is_column]
     heading = ["generator", "real", "fake", *(METRICS[name].label for name in columns)]
@@ -355,11 +342,7 @@ def make_table_of_metrics_per_generator(summaries: Mapping[str, dict], metric: s
 
 
 def format_metrics(summary: Mapping) -> str:
-    """Format the metrics of a score table as text for the terminal.
-
-    Args:
-        summary: result of `compute_metrics_overall_and_per_generator`.
-    """
+    """Format the result of `compute_metrics_overall_and_per_generator` as text for the terminal."""
     lines = ["positive class: FAKE; acc: the larger logit decides; numbers except counts are in %"]
     if summary["resamples"]:
         lines.append(f"in brackets: {summary['confidence']:.0%} bootstrap interval, {summary['resamples']} resamples")

@@ -1,9 +1,7 @@
 """The output files of test.py. An existing file is replaced only if test.py wrote it earlier.
 
-P is the value of --save_path without a final "/" or ".npy". test.py recognises an earlier score table P.csv by the
-header of the table, and an earlier JSON file P.json by the keys in the file. The entry "Software" in the header of a
-PNG file shows that this project wrote the file. The array file P.npy does not show which program wrote it. Therefore,
-test.py replaces P.npy only if test.py also wrote P.json, or P.csv.N.part, a part of an unfinished score table.
+The content of an array file P.npy does not show which program wrote the file, so test.py replaces P.npy only if test.py
+also wrote P.json, or P.csv.N.part, a part of an unfinished score table.
 """
 
 import hashlib
@@ -56,13 +54,10 @@ def refuse_to_replace_files_of_other_programs(
 
     Args:
         base: the path P, without suffix, of P.csv, P.npy, P.json and P.png.
-        pictures: paths of the residual pictures.
-        read_files: device number and inode number of each file that this run reads, from `device_and_inode`. A file
-            that this run reads is never replaced, even if it is an earlier output of test.py.
+        read_files: device number and inode number of each file that this run reads, from `device_and_inode`.
 
     Raises:
-        UserError: if test.py would replace one of the inputs, or a file that test.py did not write. The error
-            message names the file that would be replaced.
+        UserError: if test.py would replace one of the inputs, or a file that test.py did not write.
     """
     refuse_path_that_cannot_exist(Path(f"{base}.json"))
     parts = find_partial_tables(Path(f"{base}.csv")).values()
@@ -80,12 +75,7 @@ def refuse_to_replace_files_of_other_programs(
 def refuse_to_replace_file_of_other_program(
     path: Path, is_own: Callable[[Path], bool], read_files: set[tuple[int, int]]
 ) -> None:
-    """Raise a UserError if the file at `path` is an input of this run, or was not written by test.py.
-
-    Args:
-        is_own: function that returns whether test.py wrote the file at a path.
-        read_files: device number and inode number of each input.
-    """
+    """Raise a UserError if the file at `path` is one of `read_files`, or was not written by test.py (see `is_own`)."""
     identity = device_and_inode(path)
     if identity is None and not os.path.islink(path):
         return
@@ -111,11 +101,9 @@ def refuse_path_that_cannot_exist(path: Path) -> None:
 
 
 def device_and_inode(path: str | os.PathLike) -> tuple[int, int] | None:
-    """Return the device number and the inode number of a file.
+    """Return the device number and the inode number of a file, or None if the file cannot be found.
 
     All paths that lead to one file, such as hard links and symbolic links, give the same two numbers.
-
-    Returns None if the file cannot be found.
     """
     try:
         status = os.stat(path)
@@ -125,7 +113,7 @@ def device_and_inode(path: str | os.PathLike) -> tuple[int, int] | None:
 
 
 def is_unfinished_score_table(path: Path) -> bool:
-    """Return whether a file is a partial table, in which test.py stores rows of an unfinished score table."""
+    """Return whether a file is a partial table of an unfinished score table."""
     return read_settings_of_partial_table(path) is not None
 
 
@@ -163,7 +151,7 @@ class ResidualPictures:
     """The residual pictures that belong to one score table: one PNG file per image.
 
     Args:
-        folder: folder of the pictures. If `folder` is None, no pictures are drawn.
+        folder: folder of the pictures, or None if no pictures are drawn.
         items: the images, in the order of the score table.
     """
 
@@ -172,18 +160,14 @@ class ResidualPictures:
         self.settings_digest = ""
 
     def store_hash_of_scoring_settings(self, settings: Mapping) -> None:
-        """Store a hash of the scoring settings in `self.settings_digest`.
-
-        `draw_residual_picture_of_image` writes the hash to the header of each picture.
-        """
+        """Store a hash of the scoring settings, which is written to the header of each picture."""
         self.settings_digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:16]
 
     def find_images_without_current_picture(self) -> np.ndarray | None:
         """Find the images whose residual picture is missing, or was not drawn with the scoring settings of this run.
 
         Returns:
-            A mask (N,) bool that is True for each image whose residual picture must be drawn. The result is None if no
-            pictures are drawn.
+            A mask (N,) bool of the images whose residual picture must be drawn, or None if no pictures are drawn.
         """
         if not self.paths:
             return None
@@ -194,10 +178,7 @@ class ResidualPictures:
         return missing
 
     def draw_residual_picture_of_image(self, index: int, examination: Examination) -> None:
-        """Draw an image, its re-synthesis and its residual side by side into the PNG file `self.paths[index]`.
-
-        If several crops of the image were scored, the picture shows all these crops.
-        """
+        """Draw the scored crops of an image, their re-synthesis and their residual into the PNG `self.paths[index]`."""
         from evaluation.figures import draw_residual_picture  # imported here: Matplotlib takes a second to import
 
         columns = examination.columns
@@ -210,10 +191,7 @@ class ResidualPictures:
 
 
 def arrange_crops_in_grid(crops: Tensor, columns: int) -> np.ndarray:
-    """Arrange crops (K, C, h, w) in a grid with `columns` crops per row.
-
-    Returns an array (C, H, W) that shows the grid as one image.
-    """
+    """Join K crops (K, C, h, w) to one image (C, H, W), with `columns` crops in each row."""
     rows = crops.unflatten(0, (-1, columns))  # (rows, columns, C, h, w)
     picture = rows.permute(2, 0, 3, 1, 4)  # (C, rows, h, columns, w)
     return picture.flatten(3, 4).flatten(1, 2).numpy()

@@ -1,7 +1,7 @@
 """Read and write score tables, which are CSV files with one row per image, written by test.py.
 
-The columns are path,label,generator,logit_fake,logit_real,prob_fake,prediction,error. A number that is written to a
-table and read again keeps all its digits. File names that are not valid UTF-8 are also preserved.
+The columns are path,label,generator,logit_fake,logit_real,prob_fake,prediction,error. File names that are not valid
+UTF-8 are preserved.
 """
 
 import csv
@@ -34,8 +34,7 @@ class Row(NamedTuple):
 
     path: str
     label: str = ""  # real, fake, or empty if the image has no label
-    # In the row of a real image, `generator` can name a generator whose metrics are computed with this real image
-    generator: str = ""  # name of the generator that made a fake image
+    generator: str = ""  # name of the generator that made a fake image, or whose fakes a real image is compared with
     logit_fake: float | None = None
     logit_real: float | None = None
     prob_fake: float | None = None  # in [0, 1]
@@ -53,7 +52,7 @@ PREDICTIONS = ("real", "fake", "unsure")
 
 @dataclass(frozen=True)
 class ScoreTable:
-    """The columns of a score table of N images. Entry i of each column belongs to image i.
+    """The columns of a score table of N images.
 
     In rows with an error, the logits and prob_fake are NaN.
     """
@@ -81,7 +80,7 @@ class ScoreTable:
 
     @property
     def has_score(self) -> np.ndarray:
-        """Return a mask (N,) bool of the rows that have a score. All other rows have an error."""
+        """Return a mask (N,) bool of the rows that have a score and no error."""
         return ~np.isnan(self.prob_fake)
 
     @property
@@ -90,11 +89,7 @@ class ScoreTable:
         return self.has_score & (self.is_real | self.is_fake)
 
     def select_rows(self, rows: np.ndarray) -> "ScoreTable":
-        """Make a score table of selected rows.
-
-        Args:
-            rows: the selected rows, as a mask (N,) bool or as integer positions.
-        """
+        """Make a score table of selected rows, which are given as a mask (N,) bool or as integer positions."""
         rows = np.arange(len(self))[rows]
         selected = {}
         for name, column in vars(self).items():
@@ -106,11 +101,7 @@ class ScoreTable:
 
 
 def make_error_row(item: Item, error: str) -> Row:
-    """Make the row of an image that could not be scored.
-
-    Args:
-        error: why the image could not be scored. Each sequence of spaces and line breaks in `error` becomes one space.
-    """
+    """Make the row of an image that could not be scored, with the reason `error` as one line."""
     path, label, generator = item
     return Row(path, convert_label_to_word(label), generator, error=" ".join(error.split()))
 
@@ -120,7 +111,7 @@ def make_rows_from_logits(items: Sequence[Item], logits: np.ndarray, calibration
 
     Args:
         logits: (N, 2), with the columns FAKE and REAL.
-        calibration: temperature and thresholds of the detector, or None (see `probabilities_and_verdicts`).
+        calibration: see `probabilities_and_verdicts`.
     """
     logits = np.asarray(logits, dtype=np.float32).reshape(-1, 2)
     finite = np.isfinite(logits).all(axis=1)
@@ -179,8 +170,7 @@ def row_from_cells(cells: Mapping[str, str]) -> Row:
 def format_csv_line(cells: Sequence[str]) -> str:
     """Format the cells of one row as text that ends in a line break."""
     text = io.StringIO(newline="")
-    # QUOTE_MINIMAL does not quote a cell that contains "\r" in Python versions older than 3.13
-    # csv.reader would end the line at an unquoted "\r", so QUOTE_ALL is used
+    # In Python versions older than 3.13, QUOTE_MINIMAL does not quote "\r", and csv.reader would end the line there
     quoting = csv.QUOTE_ALL if any("\r" in cell for cell in cells) else csv.QUOTE_MINIMAL
     csv.writer(text, lineterminator="\n", quoting=quoting).writerow(cells)
     return text.getvalue()
@@ -197,10 +187,10 @@ def write_table(path: str | os.PathLike, rows: Iterable[Row]) -> None:
 def read_rows(path: str | os.PathLike) -> Iterator[Row]:
     """Yield the rows of a score table.
 
-    The columns may be in any order. Unknown columns are ignored.
+    The columns may be in any order, and unknown columns are ignored.
 
     Raises:
-        UserError: if the file cannot be read or a row is wrong. The message names the file, the line and the mistake.
+        UserError: if the file cannot be read or a row is wrong.
     """
     line = 1
     try:  # the encoding utf-8-sig skips the byte order mark that Excel writes at the start of a file
@@ -256,10 +246,7 @@ def read_table(path: str | os.PathLike) -> ScoreTable:
 
 
 def read_json_record_of_score_table(path: str | os.PathLike) -> dict:
-    """Read the file P.json that test.py writes beside a score table P.csv.
-
-    Returns:
-        The content of P.json, or an empty dict if P.json does not exist.
+    """Read the file P.json beside a score table P.csv, or return an empty dict if P.json does not exist.
 
     Raises:
         UserError: if P.json cannot be read.
@@ -277,14 +264,14 @@ def read_json_record_of_score_table(path: str | os.PathLike) -> dict:
 def path_of_residual_picture(folder: str | os.PathLike, image: str) -> Path:
     """Return the path of the residual picture of an image: folder/IMAGE.residual.png.
 
-    IMAGE is the path of the image without the root "/". In IMAGE, "__" replaces each "..", so that every picture is
-    inside `folder`. IMAGE keeps its suffix, so that the residual pictures of a.png and a.jpg have different file names.
+    IMAGE is the path of the image without the root "/", and with "__" instead of each "..", so that every picture is
+    inside `folder`.
     """
     path = os.path.splitdrive(os.path.normpath(image))[1]
     parts = []
     for part in Path(path).parts:
         if part == os.pardir:
             parts.append("__")
-        elif part.strip("\\/"):  # is false for the root "/", which is not added to `parts`
+        elif part.strip("\\/"):  # is false for the root "/"
             parts.append(part)
     return Path(folder, *parts[:-1], f"{parts[-1]}{RESIDUAL_PICTURE_SUFFIX}")

@@ -1,15 +1,6 @@
 """Write a score table while images are scored. If a run is killed, a new run continues the table.
 
-Each process writes its rows to its own file, called a partial table. The partial tables of the score table P.csv are
-named P.csv.0.part, P.csv.1.part, and so on. The first line of a partial table holds the scoring settings: everything
-that the scores depend on besides the content of the image files. A run refuses to continue a partial table that has
-different scoring settings. A resumed run scores the images without a row, and the images whose row contains an error. A
-resumed run ignores a row if the size or the modification time of the image file differs from the values in the row.
-When every image has a row, one row per image is written to the score table, in the order of the list of images.
-
-Each row of a partial table fills one line, so that `readline` reads exactly one row. A row contains the index of its
-image in the list of images, but not the path of the image. While the score table is written, only the byte positions of
-the rows in the partial tables are held in memory, because the score table may have ten million rows.
+Each process writes its rows to its own partial table: P.csv.0.part, P.csv.1.part and so on for the score table P.csv.
 """
 
 import csv
@@ -46,7 +37,6 @@ logger = logging.getLogger(__name__)
 
 PARTIAL_TABLE_MARK = "# part of a score table by test.py: "
 # The column "index" holds the position of the image in the list of images
-# The columns "size" and "mtime_ns" hold the size in bytes and the modification time of the image file
 PARTIAL_TABLE_COLUMNS = ("index", *COLUMNS[len(Item._fields) :], "size", "mtime_ns")
 
 
@@ -54,8 +44,7 @@ def read_file_sizes_and_times(items: Sequence[Item]) -> np.ndarray:
     """Read the size in bytes and the modification time in ns of each image file.
 
     Returns:
-        An int64 array (N, 2) with the size and the modification time of each file. The row of a file that does not
-        exist is (-1, -1).
+        An int64 array (N, 2), in which the row of a file that does not exist is (-1, -1).
     """
     stamps = np.full((len(items), 2), -1, np.int64)
     for i, item in enumerate(items):
@@ -66,16 +55,14 @@ def read_file_sizes_and_times(items: Sequence[Item]) -> np.ndarray:
 
 
 class ScoreWriter:
-    """Writes one score table. Several processes can write the table together, each with its own `ScoreWriter`.
+    """Writes one score table, which several processes can write together, each with its own `ScoreWriter`.
 
     Args:
-        table: path of the score table.
         items: the images, in the order of the table.
         stamps: result of `read_file_sizes_and_times` for the images.
         settings: the scoring settings, as a dict that can be written as JSON: everything that the scores depend on
             besides the content of the image files. `settings` must include the result of
             `data.lists.describe_and_hash_image_list`.
-        world: the rank of this process, and the number of processes that write the table together.
     """
 
     def __init__(self, table: Path, items: Sequence[Item], stamps: np.ndarray, settings: dict, world: World):
@@ -95,12 +82,11 @@ class ScoreWriter:
 
         Args:
             overwrite: if True, partial tables of earlier runs are deleted, and all images are scored.
-            without_picture: mask (N,) bool of the images whose residual picture must be drawn. These images are scored,
-                even if they have a row.
+            without_picture: mask (N,) bool of the images that are scored even if they have a row, because their
+                residual picture must be drawn.
 
         Returns:
-            False if the score table and all residual pictures are finished already, so that nothing must be scored or
-            written. Otherwise True.
+            False if the score table and all residual pictures are finished already, otherwise True.
 
         Raises:
             UserError: if the scoring settings in a partial table differ from those of this run.
@@ -133,23 +119,14 @@ class ScoreWriter:
     def list_unscored_images(self, block: int) -> np.ndarray:
         """Return the indices of the images that this process must score.
 
-        The list of images is divided into blocks, and block number b is scored by the process with rank
-        b % `world.size`.
-
-        Args:
-            block: number of consecutive images that form a block.
+        The list of images is divided into blocks of `block` images, and block number b is scored by the process with
+        rank b % `world.size`.
         """
         missing = np.flatnonzero(~self.done)
         return missing[missing // block % self.world.size == self.world.rank]
 
     def write_rows(self, rows: Mapping[int, Row]) -> None:
-        """Append rows to the partial table of this process, and flush the file.
-
-        If the process is killed during this function, the file may end with an incomplete row, which later runs ignore.
-
-        Args:
-            rows: a dict {index of the image: row}.
-        """
+        """Append rows, {index of the image: row}, to the partial table of this process, and flush the file."""
         lines = []
         for i, row in rows.items():
             cells = cells_from_row(row)[len(Item._fields) :]
@@ -184,8 +161,6 @@ class ScoreWriter:
 
         The JSON file contains the entries of `record`, the scoring settings, and a hash of the sizes and the
         modification times of the image files.
-
-        While partial tables of the score table exist, a later run treats the score table as unfinished.
         """
         write_json(self.table.with_suffix(".json"), {**record, **self.identity})
 
@@ -196,10 +171,7 @@ class ScoreWriter:
     def _mark_images_with_rows_as_done(
         self, known_rows: Iterable[tuple[int, Row]], without_picture: np.ndarray | None
     ) -> None:
-        """Set `self.done` to True for each image in `known_rows` that need not be scored again.
-
-        An image is scored again if its row holds an error, or if its entry in the mask `without_picture` (N,) is True.
-        """
+        """Set `self.done` to True for each image in `known_rows` that need not be scored again."""
         for i, row in known_rows:
             needs_picture = without_picture is not None and without_picture[i]
             if not row.error and not needs_picture:
@@ -220,11 +192,7 @@ class ScoreWriter:
         return self.table.exists() and all(record.get(key) == value for key, value in self.identity.items())
 
     def _read_rows_of_table(self) -> Iterator[tuple[int, Row]]:
-        """Read the rows of the score table, as pairs (index of the image, row).
-
-        Raises:
-            UserError: if the score table does not have one row per image, in the order of the images.
-        """
+        """Read the rows of the score table, as pairs (index of the image, row)."""
         for i, (item, row) in enumerate(zip_longest(self.items, read_rows(self.table))):
             if item is None or row is None or not _row_belongs_to_image(row, item):
                 raise UserError(
@@ -250,11 +218,7 @@ class ScoreWriter:
             )
 
     def _read_rows_of_partial_tables(self, parts: Mapping[int, Path]) -> Iterator[tuple[int, Row]]:
-        """Read the valid rows of all partial tables, as pairs (index of the image, row).
-
-        Raises:
-            UserError: if the scoring settings in a partial table differ from the settings of this run.
-        """
+        """Read the valid rows of all partial tables, as pairs (index of the image, row)."""
         for part in parts.values():
             self._require_same_scoring_settings(part)
         for part in parts.values():
@@ -264,15 +228,14 @@ class ScoreWriter:
     def _find_byte_positions_of_rows(self, parts: Mapping[int, Path]) -> tuple[np.ndarray, np.ndarray]:
         """Choose one row per image from the valid rows of all partial tables, and find the byte position of this row.
 
-        An image has several rows if it was scored again. A row with an error replaces all older rows of the same image.
         A row with a score replaces only an older row with an error, so that an image keeps its score if it is scored
-        again only to draw its residual picture.
+        again only to draw its residual picture. Only the byte positions of rows are held in memory, because a score
+        table may have ten million rows.
 
         Returns:
             numbers: (N,), the number in the file name of the partial table that holds the chosen row of each image, or
                 -1 if the image has no row.
-            offsets: (N,), the byte position of the chosen row of each image in its partial table, or 0 if the image has
-                no row.
+            offsets: (N,), the byte position of the chosen row of each image in its partial table.
         """
         numbers = np.full(len(self.items), -1)
         offsets = np.zeros(len(self.items), np.int64)
@@ -288,11 +251,7 @@ class ScoreWriter:
     def _read_rows_at_positions(
         self, parts: Mapping[int, Path], numbers: np.ndarray, offsets: np.ndarray
     ) -> Iterator[Row]:
-        """Read the rows of all images from the partial tables, in the order of the list of images.
-
-        Args:
-            numbers, offsets: the two arrays that `_find_byte_positions_of_rows` returns.
-        """
+        """Read the rows of all images from the partial tables, in the order of the list of images."""
         with ExitStack() as stack:
             files = {number: stack.enter_context(part.open("rb")) for number, part in parts.items()}
             for number, offset in zip(numbers.tolist(), offsets.tolist(), strict=True):
@@ -313,9 +272,8 @@ class ScoreWriter:
     def _parse_row_of_partial_table(self, line: bytes) -> tuple[int, Row] | None:
         """Convert a line of a partial table to a pair (index of the image, row). Returns None for an invalid row.
 
-        A row is invalid if the size or the modification time of the image file differs from the values in the row. A
-        row that a killed process wrote incompletely is invalid, because its last cell, the modification time of the
-        image file, is missing or incomplete.
+        A row is invalid if its last two cells differ from the size and the modification time of the image file, for
+        example because a killed process wrote only the start of the row.
         """
         with suppress(csv.Error, ValueError):
             texts = next(csv.reader([line.decode("utf-8", "surrogateescape")], strict=True))

@@ -19,9 +19,7 @@ PICTURE_GAIN = 4  # factor that brightens the difference between an image and it
 
 
 def read_one_real_and_fake_image(images: ImageDataset) -> dict[str, Tensor]:
-    """Read the first readable real image and the first readable fake image, and crop both to squares.
-
-    The side of a square is at most PICTURE_SIDE pixels long.
+    """Read the first readable real image and the first readable fake image, and crop both to small squares.
 
     Returns:
         A dict with the two images, uint8 (1, 3, H, W), under the keys "real" and "fake".
@@ -54,9 +52,7 @@ def write_resynthesis_pictures(
 ) -> None:
     """Write pictures to TensorBoard that show an image, its re-synthesis and their difference side by side.
 
-    In an auxiliary task, the re-synthesizer also learns to denoise or colorize low-resolution images. With an auxiliary
-    task, a second picture per image shows the degraded low-resolution image and its re-synthesis. The right third of
-    the second picture shows how the re-synthesis of the degraded image differs from the original image.
+    With an auxiliary task, a second picture per image shows the degraded low-resolution image and its re-synthesis.
     Images and degradation are the same in every epoch, so that pictures of different epochs can be compared.
 
     If pictures are written, the detector is left in evaluation mode.
@@ -86,14 +82,15 @@ def write_resynthesis_pictures(
 
 
 def join_images_and_brightened_difference(before: Tensor, x_hat: Tensor, x: Tensor) -> Tensor:
-    """Join three pictures side by side: `before`, `x_hat` and the brightened difference |x_hat - x|.
+    """Join an image `before`, its re-synthesis `x_hat` and the brightened difference |x_hat - x| side by side.
 
     Args:
-        before: the original image, or the degraded low-resolution image enlarged to H x W pixels, (1, 3, H, W).
-        x_hat: the re-synthesis, (1, 3, H, W).
+        before: the original image x or its degraded copy, (1, 3, H, W).
+        x_hat: the re-synthesis of `before`, (1, 3, H, W).
         x: the original image, (1, 3, H, W).
 
-    Returns one picture (1, 3, H, 3 * W).
+    Returns:
+        One picture (1, 3, H, 3 * W).
     """
     difference = PICTURE_GAIN * (x_hat - x).abs()
     return torch.cat([before, x_hat, difference], dim=3)

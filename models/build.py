@@ -1,17 +1,8 @@
 """Create re-synthesizers and detectors from command-line options and from checkpoints.
 
-A detector consists of three networks: the re-synthesizer, the feature network and the classifier. The dicts
-RESYNTHESIZERS, FEATURES and CLASSIFIERS list the classes that can be chosen for each network. To add a network, write a
-class and add one line to one of these dicts (docs/extending.md). The file config.json and most checkpoints store the
-name and the arguments of each network. The files epoch_N.pth of train_sr.py and the checkpoints by the paper's authors
-do not store the arguments of networks.
-
-If a checkpoint stores a setting of a detector, such as the name of the classifier, the stored value is used. An option
-that contradicts the checkpoint raises a UserError. If neither the checkpoint nor an option sets a value, the value in
-the paper is used. One default differs from the paper: ResNet-50, ResNet-101 and ResNet-152 have dilated convolutions,
-as in the code of the paper's authors. The option `--no_dilation` switches dilation off. The classifier of a new
-detector has random weights. The re-synthesizer of a new detector must be trained already. The re-synthesizers "bicubic"
-and "none" have no weights and need no training.
+To add a network, write a class and add one line to RESYNTHESIZERS, FEATURES or CLASSIFIERS (docs/extending.md). If
+neither the checkpoint nor an option sets a value, the value in the paper is used, except that ResNet-50, ResNet-101 and
+ResNet-152 have dilated convolutions, as in the code of the paper's authors.
 """
 
 import inspect
@@ -119,10 +110,6 @@ def create_network(kind: str, entries: Mapping, name: str, /, *required, **argum
 
     Args:
         kind: kind of network for error messages, such as "classifier".
-        entries: RESYNTHESIZERS, FEATURES or CLASSIFIERS.
-        name: name of the network in `entries`.
-        required: positional arguments of the network.
-        arguments: keyword arguments of the network, from options or from a checkpoint.
 
     Raises:
         UserError: if `entries` does not contain `name`, or if the network does not accept the arguments.
@@ -149,9 +136,6 @@ def get_default_arguments(entries: Mapping, name: str) -> dict:
 
     Checkpoints store the default values, so that a later change of a default value in the source code does not change
     trained networks. Only default values that are finite numbers, texts or bools are returned.
-
-    Args:
-        entries: RESYNTHESIZERS, FEATURES or CLASSIFIERS.
     """
     if name not in entries:  # the name of a torchvision classifier, or a wrong name, which later raises a UserError
         return {}
@@ -160,7 +144,7 @@ def get_default_arguments(entries: Mapping, name: str) -> dict:
     if entries is RESYNTHESIZERS:
         fixed.add("scale")
     elif entries is CLASSIFIERS:
-        fixed.add(parameters[0].name)  # the number of channels of the residual
+        fixed.add(parameters[0].name)  # the first parameter of a classifier is `channels`
     defaults = {}
     for parameter in parameters:
         is_plain = type(parameter.default) in (bool, int, str)
@@ -171,20 +155,12 @@ def get_default_arguments(entries: Mapping, name: str) -> dict:
 
 
 def add_default_arguments(entries: Mapping, config: Mapping) -> dict:
-    """Return the config of a network, a dict with the keys "name" and "args", with the default arguments added.
-
-    Args:
-        entries: FEATURES or CLASSIFIERS.
-    """
+    """Return the config of a network, a dict with the keys "name" and "args", with the default arguments added."""
     return {"name": config["name"], "args": {**get_default_arguments(entries, config["name"]), **config["args"]}}
 
 
 def refuse_user_values_of_fixed_arguments(what: str, fixed: Iterable[str], arguments: Mapping) -> None:
-    """Raise a UserError if `arguments` contains an argument that users cannot choose.
-
-    Args:
-        fixed: names of the arguments that users cannot choose.
-    """
+    """Raise a UserError if `arguments` contains an argument in `fixed`, which users cannot choose."""
     refused = sorted(set(fixed) & arguments.keys())
     if refused:
         raise UserError(
@@ -198,13 +174,12 @@ def construct_network_or_raise_user_error(
 ) -> nn.Module:
     """Call the constructor of a network, and raise a UserError if the constructor does not accept the arguments.
 
-    Options and checkpoints may contain wrong values, and constructors raise various exceptions for wrong values. A
-    NameError or AttributeError is raised unchanged, because it shows a mistake in the source code of the network. If
-    `arguments` contains only the scale, every exception is raised unchanged, because no wrong argument has caused it.
+    A NameError or AttributeError is raised unchanged, because such an error shows a mistake in the source code of the
+    network. If `arguments` contains only the scale, every exception is raised unchanged, because no wrong argument has
+    caused the exception.
 
     Args:
         what: name of the network for the error message, such as "classifier resnet50".
-        entry: the constructor.
     """
     try:
         return entry(*required, **arguments)
@@ -231,10 +206,7 @@ def create_classifier(name: str, channels: int, arguments: Mapping) -> nn.Module
 
 
 def create_torchvision_classifier(name: str, channels: int, arguments: Mapping) -> nn.Module:
-    """Create a classifier of torchvision.models with random weights, 2 outputs and `channels` input channels.
-
-    The first convolution is replaced by a convolution with `channels` input channels.
-    """
+    """Create a classifier of torchvision.models with random weights, 2 outputs and `channels` input channels."""
     import torchvision  # imported here, because the import takes longer than scoring an image
 
     if name not in torchvision.models.list_models(module=torchvision.models):
@@ -280,14 +252,11 @@ def recreate_convolution_with_other_input_channels(convolution: nn.Conv2d, chann
 
 
 def create_resynthesizer(checkpoint: Checkpoint | None, options: Mapping) -> tuple[nn.Module, dict]:
-    """Create a re-synthesizer, and return it together with its config.
+    """Create a re-synthesizer, and return it with its config, a dict with the keys "name", "scale" and "args".
 
     Args:
         checkpoint: checkpoint with the weights of the re-synthesizer, or None for random weights.
         options: values of the command-line options that OPTION_NAMES lists.
-
-    Returns:
-        a tuple of the re-synthesizer and its config. The config is a dict with the keys "name", "scale" and "args".
     """
     given_name = options.get("sr_arch")
     given_args = {key: options[key] for key in RDN_OPTIONS if options.get(key) is not None}
@@ -325,11 +294,9 @@ def read_resynthesizer_config(
 ) -> dict | None:
     """Read the config of the re-synthesizer in a checkpoint.
 
-    A checkpoint without a config must contain the weights of an RDN, unless `--sr-arch` names another network. The
-    scale and the arguments of this RDN are read from the shapes of the weights.
+    A checkpoint without a config must contain the weights of an RDN, unless `--sr-arch` names another network.
 
     Args:
-        state: state dict of the re-synthesizer.
         given_name: value of `--sr-arch`, or None if the option is not given.
 
     Returns:
@@ -392,10 +359,8 @@ def load_detector(
 
     Args:
         checkpoint: checkpoint of a detector, from train_detector.py or from the paper's authors. A checkpoint by the
-            authors does not contain the re-synthesizer, so the caller must also give `resynthesizer_checkpoint`. A
-            checkpoint by the authors does not store whether the ResNet is dilated, so users must give `--no_dilation`
-            if the detector was trained with this option. `--idx-stages` must be given only if two stages have as many
-            channels as the classifier has input channels.
+            paper's authors does not store whether the ResNet is dilated, so users must give `--no_dilation` if the
+            detector was trained with `--no_dilation`.
         resynthesizer_checkpoint: checkpoint with the weights of the re-synthesizer, or None if `checkpoint` contains
             these weights.
         options: values of the command-line options that OPTION_NAMES lists.
@@ -451,10 +416,8 @@ def load_resynthesizer_of_detector(
     """Create the re-synthesizer of a trained detector, and return it together with its config.
 
     Args:
-        checkpoint: checkpoint of the detector.
         resynthesizer_checkpoint: checkpoint with the weights of the re-synthesizer, or None to use the weights in
             `checkpoint`.
-        options: values of the command-line options that OPTION_NAMES lists.
     """
     if resynthesizer_checkpoint is not None:
         return create_resynthesizer(resynthesizer_checkpoint, options)
@@ -472,8 +435,8 @@ def load_resynthesizer_of_detector(
 def choose_features_config(checkpoint: Checkpoint, state: Mapping[str, Tensor], options: Mapping) -> dict:
     """Return the name and the arguments of the feature network with which a detector was trained.
 
-    A checkpoint by the paper's authors does not say which features the detector uses. For a checkpoint by the paper's
-    authors, this function infers the features from the options and the classifier's number of input channels.
+    For a checkpoint by the paper's authors, the features are inferred from the options and from the classifier's number
+    of input channels.
 
     Raises:
         UserError: if the options contradict the checkpoint.
@@ -515,8 +478,7 @@ def choose_residual_kind(checkpoint: Checkpoint, options: Mapping) -> str:
 def choose_classifier_config(checkpoint: Checkpoint, state: Mapping[str, Tensor], options: Mapping) -> dict:
     """Return the name and the arguments of the classifier in the checkpoint of a detector.
 
-    Checkpoints by the paper's authors do not contain the arguments of the classifier. For a checkpoint by
-    the paper's authors, the names of the weights show which ResNet the classifier is: 18, 34, 50, 101 or 152.
+    For a checkpoint by the paper's authors, the names of the weights show which ResNet the classifier is.
 
     Raises:
         UserError: if the options contradict the checkpoint.
@@ -543,12 +505,10 @@ def choose_classifier_config(checkpoint: Checkpoint, state: Mapping[str, Tensor]
 def choose_classifier_arguments_from_options(arch: str, options: Mapping, name: str) -> dict:
     """Return the arguments of a new classifier, or of a classifier whose checkpoint does not contain the arguments.
 
-    A ResNet-50, ResNet-101 or ResNet-152 is dilated, unless `--no_dilation` or `--arch-args` says otherwise. This
-    function warns if the ResNet is dilated, but no option asks for dilation.
+    A ResNet-50, ResNet-101 or ResNet-152 is dilated, unless `--no_dilation` or `--arch-args` says otherwise.
 
     Args:
-        arch: name of the classifier.
-        name: name of the detector for the warning.
+        name: name of the detector, for the warning that the ResNet is dilated although no option asks for dilation.
     """
     given_args = options.get("arch_args") or {}
     arguments = convert_no_dilation_to_resnet_arguments(arch, options.get("dilated") is False)
@@ -560,10 +520,8 @@ def choose_classifier_arguments_from_options(arch: str, options: Mapping, name: 
 def infer_features_config_of_authors_checkpoint(state: Mapping[str, Tensor], options: Mapping, name: str) -> dict:
     """Return the name and the arguments of the features with which the paper's authors trained a detector.
 
-    If the option `--features` is given, this function returns the features that `--features` names. Without
-    `--features`, the number of input channels of the classifier determines the stage of the features. Stage 0 stands
-    for the pixels, and stages 1 to 5 stand for feature maps of VGG-19. If two stages have the same number of channels,
-    users must choose the stage with `--idx-stages`.
+    Without `--features`, the number of input channels of the classifier determines the stage of the features. If two
+    stages have the same number of channels, users must choose the stage with `--idx-stages`.
     """
     if options.get("features") is not None or options.get("feature_args"):
         return create_features_config_from_options(options)
@@ -607,20 +565,16 @@ def assemble_detector(
     """Create a detector from a re-synthesizer, and from the features and the classifier that `config` describes.
 
     Args:
-        resynthesizer: the re-synthesizer, with its weights.
         config: names and arguments of re-synthesizer, features and classifier, and the kind of residual.
-        options: values of the command-line options that OPTION_NAMES lists.
         vgg_source: value of `--vgg-weights`.
         trained_with: source and fingerprint of the VGG-19 weights with which the detector was trained, or None for a
             new detector.
         name: name of the detector's checkpoint, for error messages.
 
     Returns:
-        the detector, and a copy of `config`. The copy also contains the default arguments of the feature network and of
-        the classifier, and the entries "resynthesizer_fingerprint", "vgg" and "features_fingerprint". The entry "vgg"
-        is the result of the feature network's method `load_pretrained`, or None if the network has no such method. The
-        entry "features_fingerprint" is None if the feature network has a method `load_pretrained`, because
-        `load_pretrained` itself checks the fingerprint of the weights.
+        the detector, and a copy of `config` with default arguments and with the entries "resynthesizer_fingerprint",
+        "vgg" and "features_fingerprint". The entry "features_fingerprint" is None if the feature network has a method
+        `load_pretrained`, because `load_pretrained` itself checks the fingerprint of the weights.
     """
     features = create_network("feature network", FEATURES, config["features"]["name"], **config["features"]["args"])
     for attribute in ("channels", "stride"):
@@ -662,11 +616,7 @@ def assemble_detector(
 
 @torch.no_grad()
 def check_resynthesizer(model: nn.Module, name: str, scale: int) -> None:
-    """Raise a UserError if a re-synthesizer does not enlarge a black test image by the factor `scale`.
-
-    Args:
-        name: name of the re-synthesizer for the error message, such as "rdn".
-    """
+    """Raise a UserError if a re-synthesizer does not enlarge a black test image by the factor `scale`."""
     if getattr(model, "scale", None) != scale:
         raise UserError(f"the re-synthesizer {name} must have the attribute scale = {scale}: set it in __init__")
     model.eval()
@@ -684,15 +634,12 @@ def check_resynthesizer(model: nn.Module, name: str, scale: int) -> None:
 def check_features(features: nn.Module, config: Mapping) -> None:
     """Raise a UserError if a feature network does not keep the rules in docs/extending.md.
 
-    The function tests the network on an image of random values.
-
     Args:
         config: dict with the keys "name" and "args", with which the feature network was created.
 
     Raises:
         UserError: if the shape of the feature maps does not match the attributes `channels` and `stride`.
-        UserError: if the feature network modifies its input in place.
-        UserError: if the weights of the feature network differ each time the network is created.
+        UserError: if the feature network modifies its input in place, or gets different weights when created again.
     """
     name = config["name"]
     side = max(CHECKED_SIDE // features.stride, 1)  # height and width of the feature maps
@@ -719,10 +666,7 @@ def check_features(features: nn.Module, config: Mapping) -> None:
 
 
 def warn_that_resnet_is_dilated(name: str) -> None:
-    """Warn that a ResNet is dilated because `--no_dilation` is not given.
-
-    The shapes of the weights do not show whether the ResNet was trained with dilation.
-    """
+    """Warn that a ResNet is dilated because `--no_dilation` is not given."""
     logger.warning(
         "WARNING: the ResNet of %s is DILATED, because --no_dilation is not given. Dilation changes the scores, and the"
         " paper's authors trained all their detectors without dilation: give --no_dilation to load one of their"
@@ -738,9 +682,6 @@ def check_weights_against_recorded_fingerprint(module: nn.Module, recorded: obje
         recorded: fingerprint in the checkpoint, or None if the checkpoint contains no fingerprint.
         what: kind of the network for the error message, such as "classifier".
         name: name of the checkpoint for the error message.
-
-    Raises:
-        UserError: if the fingerprints differ, which means that the weights have changed since they were saved.
     """
     if recorded not in (None, compute_fingerprint(module)):
         raise UserError(

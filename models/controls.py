@@ -1,8 +1,4 @@
-"""Networks without parameters that replace the re-synthesizer in control experiments.
-
-Comparing RDN with `bicubic` (bicubic interpolation) shows how much *learned* re-synthesis improves detection.
-Comparing RDN with `none` (a black image instead of a re-synthesis) shows how much re-synthesis improves detection.
-"""
+"""Networks without parameters that replace the re-synthesizer in control experiments."""
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -26,8 +22,7 @@ class NoResynthesis(nn.Module):
     """A substitute for the re-synthesizer that returns black images (B, 3, scale * h, scale * w).
 
     The re-synthesis x_hat is a black image, so the absolute residual |x_hat - x| of the pixels is the image x itself.
-    With VGG-19 features, the absolute residual is the absolute difference between the features of the image and the
-    features of a black image. The features of a black image are not zero, because the convolutions have biases.
+    The VGG-19 features of a black image are not zero, because the convolutions have biases.
     """
 
     def __init__(self, scale: int = 4):

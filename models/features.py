@@ -1,7 +1,6 @@
 """Features by which an image and its re-synthesis are compared: the pixels, or the feature maps of VGG-19.
 
-The features of stage 0 are the pixels. The features of stage k = 1..5 are the output of layer relu{k}_1 of VGG-19. The
-weights of VGG-19 are never trained.
+The features of stage k = 1..5 are the output of layer relu{k}_1 of VGG-19.
 
 VGG-19 is from Simonyan and Zisserman, "Very Deep Convolutional Networks for Large-Scale Image Recognition" (ICLR 2015).
 The parameters of VGG-19 have the same names as in torchvision, so that torchvision's ImageNet weights can be loaded.
@@ -33,14 +32,13 @@ STAGE_STRIDES = {1: 1, 2: 2, 3: 4, 4: 8, 5: 16}
 STAGE_LAYERS = {1: 1, 2: 6, 3: 11, 4: 20, 5: 29}  # index of layer relu{k}_1 in torchvision's vgg19().features
 CONVOLUTIONS = (2, 2, 4, 4, 1)  # number of 3x3 convolutions in each block of VGG-19, up to relu5_1
 BLOCK_CHANNELS = (64, 128, 256, 512, 512)
-# TILE_CUTS contains the indices of the VGG-19 layers that follow the max poolings pool2 and pool3.
-# Before each layer in TILE_CUTS, the tiles are joined to whole feature maps, which are cut into new tiles.
+# TILE_CUTS contains the indices of the layers (after pool2 and pool3) before which feature maps are cut into new tiles.
 TILE_CUTS = (10, 19)
 
 # The digits dcbb9e9d in the name of the VGG-19 file are the first 8 hexadecimal digits of the file's SHA-256
 IMAGENET_URL = "https://download.pytorch.org/models/vgg19-dcbb9e9d.pth"
 DOWNLOAD_TIMEOUT = 20  # the download is stopped if the server does not answer for this many seconds
-RANDOM_SEED = 19  # seed of the random VGG-19 weights; the seed is fixed so that all runs use the same weights
+RANDOM_SEED = 19  # seed of the random VGG-19 weights, fixed so that all runs use the same weights
 
 
 class Pixels(nn.Module):
@@ -58,9 +56,6 @@ class VGG19Stage(nn.Module):
 
     The network reads images (B, 3, H, W) in [0, 1]. The weights of the network are uninitialized until
     `load_pretrained` is called.
-
-    Args:
-        stage: number of the stage, 1 to 5. The feature maps are the output of layer relu{stage}_1 of VGG-19.
 
     Raises:
         UserError: if `stage` is not 1, 2, 3, 4 or 5.
@@ -82,7 +77,7 @@ class VGG19Stage(nn.Module):
         """Load the weights of VGG-19. For the arguments, see `load_vgg`.
 
         Returns:
-            a dict with the source and the fingerprint of the weights. The returned dict is stored in checkpoints.
+            a dict with the source and the fingerprint of the weights.
         """
         self.vgg, record = load_vgg(source, trained_with, name)
         return record
@@ -91,8 +86,7 @@ class VGG19Stage(nn.Module):
         """Set the side length of the tiles in which VGG-19 processes images when gradients are disabled.
 
         Args:
-            side: side of the detector's tiles in pixels of the image. VGG-19 uses smaller tiles, with a side of
-                `side // 4` pixels.
+            side: side of the detector's tiles in pixels of the image, four times the side of VGG-19's tiles.
         """
         self.vgg.tile = side // 4
 
@@ -118,16 +112,13 @@ class VGG19(nn.Module):
                 in_channels = channels
         self.features = nn.Sequential(*layers)
         self.requires_grad_(False)
-        # If no gradients are computed, VGG-19 processes the image and the feature maps in tiles.
-        # self.tile is the side length of a tile in pixels, and is the same for the image and for all feature maps.
-        self.tile = 256
+        self.tile = 256  # side of a tile in pixels, the same for the image and for all feature maps
 
     def forward(self, x: Tensor, stages: Iterable[int] = STAGES) -> dict[int, Tensor]:
-        """Compute the feature maps of the given stages of VGG-19.
+        """Compute the feature maps of the given stages (1 to 5) of VGG-19.
 
         Args:
             x: images (B, 3, H, W) in [0, 1].
-            stages: numbers of the stages, from 1 to 5.
 
         Returns:
             a dict from each number k in `stages` to the feature maps (B, STAGE_CHANNELS[k], H / 2^(k-1), W / 2^(k-1)).
@@ -147,10 +138,7 @@ class VGG19(nn.Module):
         return self.features[start:end](x)
 
     def run_layers_in_tiles(self, start: int, end: int, x: Tensor) -> Tensor:
-        """Run the layers with the indices `start` to `end - 1` of VGG-19 on one tile of the feature maps at a time.
-
-        Tiles save memory, because the feature maps between the layers exist for only one tile at a time.
-        """
+        """Run the layers `start` to `end - 1` of VGG-19 on one tile of the feature maps at a time, to save memory."""
         cuts = [cut for cut in TILE_CUTS if start < cut < end]
         for first, last in pairwise([start, *cuts, end]):
             layers = self.features[first:last]
@@ -166,8 +154,8 @@ class VGG19(nn.Module):
 def compute_receptive_radius_and_stride(layers: Iterable[nn.Module]) -> tuple[int, int]:
     """Compute the receptive radius and the total stride of a sequence of 3x3 convolutions and 2x2 poolings.
 
-    The output for a tile of the input also depends on input pixels around the tile. The receptive radius is the largest
-    distance of these input pixels from the tile. The returned radius is rounded up to a multiple of the total stride.
+    The receptive radius is the largest distance between a tile of the input and an input pixel on which the output for
+    the tile depends. The returned radius is rounded up to a multiple of the total stride.
 
     Returns:
         the receptive radius and the total stride, in pixels of the input.
@@ -209,20 +197,15 @@ def load_vgg(source: str, trained_with: Mapping | None = None, name: str = "") -
             vgg19. "imagenet" loads torchvision's ImageNet weights from the cache of torch hub, or downloads them.
             "random" draws random weights with a fixed seed. "auto" uses the source in `trained_with`. If
             `trained_with` is None, "auto" means "imagenet", or "random" if the ImageNet weights cannot be downloaded.
-            If `source` is a path, the state dict in the file must contain the parameters `features.*` of all layers of
-            VGG-19 up to relu5_1.
-        trained_with: dict that describes the VGG-19 weights that must be loaded, or None if any weights may be loaded.
-            The entry "source" of `trained_with` is "imagenet", "random" or the path of the file of weights. If
-            the entry "fingerprint" of `trained_with` is None or missing, the fingerprint of the weights is not checked.
+        trained_with: dict with the "source" and the "fingerprint" of the VGG-19 weights that must be loaded, or None if
+            any weights may be loaded. A fingerprint that is None or missing is not checked.
         name: name of the checkpoint for error messages.
 
     Returns:
-        VGG-19, and a dict with the source and the fingerprint of its weights. The returned dict is stored in
-        checkpoints.
+        VGG-19, and a dict with the source and the fingerprint of its weights.
 
     Raises:
-        UserError: if the weights cannot be read.
-        UserError: if the fingerprint of the weights differs from the fingerprint in `trained_with`.
+        UserError: if the weights cannot be read, or if they differ from the weights in `trained_with`.
     """
     if source == "auto" and trained_with is not None:
         source = trained_with["source"]
@@ -253,8 +236,7 @@ def _read_vgg_weights(source: str) -> tuple[Mapping, str]:
     """Read or draw the VGG-19 weights that `source` names ("imagenet", "random", "auto" or a path).
 
     Returns:
-        a tuple of the VGG-19 weights and a text. The weights are a state dict, or a checkpoint that contains a state
-        dict. The text is "imagenet", "random" or the path of the file with the weights.
+        a state dict, or a checkpoint that contains one, and its source: "imagenet", "random" or a path.
     """
     if source in ("imagenet", "auto"):
         try:
@@ -281,11 +263,7 @@ def _read_vgg_weights(source: str) -> tuple[Mapping, str]:
 
 
 def _draw_random_vgg_weights() -> dict[str, Tensor]:
-    """Draw random VGG-19 weights as in He et al. (ICCV 2015).
-
-    The variance of the random weights is chosen so that the feature maps of all stages have similar variances. The
-    biases are zero.
-    """
+    """Draw random VGG-19 weights as in He et al. (ICCV 2015)."""
     generator = torch.Generator().manual_seed(RANDOM_SEED)
     state = VGG19().state_dict()
     for key, tensor in state.items():
@@ -297,12 +275,7 @@ def _draw_random_vgg_weights() -> dict[str, Tensor]:
 
 
 def _find_or_download_imagenet_weights() -> Path:
-    """Return the path of torchvision's VGG-19 weights in torch hub's cache, and download the file if it is missing.
-
-    Raises:
-        OSError: if the file is missing and cannot be downloaded.
-        UserError: if the SHA-256 of the file does not start with the 8 hexadecimal digits in the file name.
-    """
+    """Return the path of torchvision's VGG-19 weights in torch hub's cache, and download the file if it is missing."""
     path = Path(torch.hub.get_dir(), "checkpoints", Path(IMAGENET_URL).name)
     digest = path.stem.partition("-")[2]
     if not path.is_file():

@@ -20,13 +20,12 @@ def compute_perceptual_distance(
 ) -> Tensor:
     """Compute the perceptual distance of two images, a weighted sum of the distances of their VGG-19 feature maps.
 
-    STAGE_WEIGHTS[k] is the weight of the distance between the feature maps of stage k of VGG-19. The distances of the
-    feature maps are computed in float32. Gradients are computed for x_hat, but not for x.
+    Gradients are computed for x_hat, but not for x.
 
     Args:
         x_hat, x: images (B, 3, H, W) in [0, 1].
-        distance: function that computes the distance of two tensors of feature maps (B, C, h, w). The distance is a
-            scalar, or one value per image, (B,).
+        distance: function that computes the distance of two tensors of feature maps (B, C, h, w), as a scalar or as
+            one value per image, (B,).
     """
     with torch.no_grad():
         maps = vgg(x, STAGES)
@@ -42,8 +41,6 @@ def compute_super_resolution_loss(
 ) -> tuple[Tensor, Tensor]:
     """Compute the loss of train_sr.py: the L1 loss plus `vgg_weight` times the perceptual distance.
 
-    The perceptual distance is a weighted sum of mean squared errors between VGG-19 feature maps.
-
     Args:
         x_hat, x: images (B, 3, H, W) in [0, 1].
         vgg: VGG-19, or None to compute the L1 term only.
@@ -58,15 +55,10 @@ def compute_super_resolution_loss(
 
 
 def compute_reconstruction_loss(x_hat: Tensor, x: Tensor, vgg: VGG19) -> Tensor:
-    """Compute the auxiliary loss of each image: the L1 loss of the pixels plus the perceptual distance.
-
-    The perceptual distance is a weighted sum of L1 losses between VGG-19 feature maps.
+    """Compute the auxiliary loss of each image, (B,): the L1 loss of the pixels plus the perceptual distance.
 
     Args:
         x_hat, x: images (B, 3, H, W) in [0, 1].
-
-    Returns:
-        one loss per image, (B,).
     """
     return compute_l1_per_image(x_hat.float(), x) + compute_perceptual_distance(x_hat, x, vgg, compute_l1_per_image)
 
@@ -77,14 +69,7 @@ def compute_l1_per_image(a: Tensor, b: Tensor) -> Tensor:
 
 
 def compute_classification_loss(logits: Tensor, labels: Tensor, weights: Tensor) -> Tensor:
-    """Compute the weighted sum of the cross-entropies of the images, a scalar.
-
-    Args:
-        logits: logits of each image, (B, 2).
-        labels: label of each image, (B,).
-        weights: factor by which the cross-entropy of each image is multiplied, (B,). In a training step, the weights of
-            the images of all processes sum to 1. If some images cannot be read, the sum of the weights is less than 1.
-    """
+    """Compute the sum of the cross-entropies of logits (B, 2) and labels (B,), multiplied by `weights` (B,)."""
     losses = F.cross_entropy(logits, labels, reduction="none")  # (B,)
     return (weights * losses).sum()
 
@@ -95,16 +80,15 @@ def compute_residuals_and_auxiliary_losses(
     """Compute the residuals of all images, and the auxiliary loss of the real images, for end-to-end training.
 
     Args:
-        vgg: VGG-19 with which the auxiliary loss is computed. If `vgg` is None, the auxiliary loss is 0.
+        vgg: VGG-19 with which the auxiliary loss is computed, or None to return 0 as the auxiliary loss.
         x: images (B, 3, H, W) in [0, 1].
         degraded: low-resolution images (B, 3, h, w) with noise or grey pixels, or None. The auxiliary loss compares `x`
-            with the re-synthesis of `degraded`. If `degraded` is None, the auxiliary loss compares `x` with the
-            re-synthesis of `x`.
+            with the re-synthesis of `degraded`, or with the re-synthesis of `x` if `degraded` is None.
         real: bool (B,), True for the images on which the auxiliary loss is computed.
 
     Returns:
-        residual: residuals of all images, (B, C_l, H_l, W_l), the shape of the feature maps that the detector compares.
-        losses: auxiliary loss of each image, (B,). losses[i] is 0 if real[i] is False.
+        residual: residuals of all images, (B, C_l, H_l, W_l).
+        losses: auxiliary loss of each image, (B,), which is 0 where `real` is False.
     """
     x_hat = detector.resynthesize(x)  # (B, 3, H, W)
     residual = detector.residual(x, x_hat)  # (B, C_l, H_l, W_l)

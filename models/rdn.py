@@ -1,8 +1,8 @@
 """RDN, the residual dense network for super-resolution, which is the re-synthesizer of the paper.
 
 RDN is from Zhang, Tian, Kong, Zhong and Fu, "Residual Dense Network for Image Super-Resolution" (CVPR 2018). The
-comments in this file use the symbols of the RDN article. The parameters have the same names as in yjn870/RDN-pytorch
-(MIT licence), because the checkpoints of the paper's authors use these names.
+parameters have the same names as in yjn870/RDN-pytorch (MIT licence), because the checkpoints of the paper's authors
+use these names.
 """
 
 import torch
@@ -15,10 +15,8 @@ from utils.errors import UserError
 
 LARGEST_COUNT = 1024  # largest number of channels, blocks or layers that RDN accepts
 SHUFFLES = {2: (2,), 3: (3,), 4: (2, 2)}  # for each scale, the enlargement factors of the up-sampling steps
-# Interpolation in one dimension replaces each old pixel by two new pixels.
-# A new pixel is a weighted sum of three old pixels: the replaced pixel, its left neighbour and its right neighbour.
-# INTERPOLATION[0] contains the three weights, from left to right, with which the left new pixel is computed.
-# INTERPOLATION[1] contains the three weights, from left to right, with which the right new pixel is computed.
+# Interpolation in one dimension replaces each old pixel by a left and a right new pixel.
+# INTERPOLATION contains, for the left and the right new pixel, the weights of the left, the old and the right pixel.
 # The mean of the left and the right new pixel equals the old pixel that they replace.
 INTERPOLATION = ((1 / 8, 1.0, -1 / 8), (-1 / 8, 1.0, 1 / 8))
 
@@ -59,7 +57,6 @@ class ResidualDenseBlock(nn.Module):
         self.layers = nn.Sequential(*layers)
         # Release: in the code of the paper's authors, lff (local feature fusion) has growth_rate output channels.
         # In the code of the paper's authors, the forward pass of RDN fails if growth_rate differs from num_features.
-        # In `ResidualDenseBlock`, lff (local feature fusion) has num_features output channels, as in the RDN article.
         self.lff = create_conv1x1(num_features + num_layers * growth_rate, num_features)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -125,7 +122,6 @@ class RDN(nn.Module):
         Returns:
             x_hat: enlarged images, float32 (B, 3, scale * h, scale * w), not clipped to [0, 1].
         """
-        # If no gradients are computed, `run_rdn` is used, because it takes less memory than the code below
         if not torch.is_grad_enabled():
             return rdn_inference.run_rdn(self, x_lr)
         sfe1 = self.sfe1(x_lr)  # (B, G0, h, w)
@@ -146,17 +142,12 @@ class RDN(nn.Module):
     def upsample_to_image(self, x: Tensor) -> Tensor:
         """Enlarge the fused feature maps x (B, G0, h, w) to float32 images (B, 3, scale * h, scale * w)."""
         x = self.upscale(x)  # (B, G0, scale * h, scale * w)
-        # The output layer computes in float32 also under autocast.
         # Rounding errors of bf16 would be large compared with a residual, which is a small difference of two images.
         with torch.autocast(x.device.type, enabled=False):
             return self.output(x.float())
 
     def call_with_optional_gradient_checkpointing(self, part, *inputs: Tensor) -> Tensor:
-        """Return part(*inputs), where `part` is a residual dense block or a method of RDN.
-
-        If `checkpoint_blocks` is True, the intermediate results of `part` are not stored, to save memory. The backward
-        pass computes the intermediate results again.
-        """
+        """Return part(*inputs), computed with gradient checkpointing if `checkpoint_blocks` is True."""
         if self.checkpoint_blocks:
             return checkpoint(part, *inputs, use_reentrant=False)
         return part(*inputs)
@@ -173,15 +164,11 @@ class RDN(nn.Module):
     def initialize_as_interpolation(self) -> None:
         """Set the weights so that the output of an untrained RDN is similar to bicubic interpolation of the input.
 
-        The first convolution of RDN, sfe1, copies the colours red, green and blue into the channels 0, 1 and 2 of its
-        output. Each up-sampling step enlarges the channels 0, 1 and 2 by interpolation. The output layer copies the
-        channels 0, 1 and 2 to red, green and blue. The weights of the dense blocks stay random. The weights and biases
-        of gff[1], the last convolution of the global feature fusion, are set to zero, so that the dense blocks do not
-        change the output before training.
+        The weights of the dense blocks stay random. The weights and biases of gff[1], the last convolution of the
+        global feature fusion, are set to zero, so that the dense blocks do not change the output before training.
 
         Raises:
-            UserError: if `num_features` is less than 3.
-            UserError: if `scale` is 3. The kernels in INTERPOLATION enlarge images by a factor of 2.
+            UserError: if `num_features` is less than 3, or if `scale` is 3.
         """
         if self.sfe1.out_channels < 3:
             raise UserError(f"--start interpolation needs --num-features of at least 3, got {self.sfe1.out_channels}")
@@ -200,14 +187,10 @@ class RDN(nn.Module):
 
 
 def set_convolution_to_filter_colours_separately(layer: nn.Conv2d, kernels: list[Tensor]) -> None:
-    """Set the weights of a convolution so that it applies each of the given kernels to red, green and blue separately.
+    """Set the weights of a convolution so that it applies each of the 3x3 kernels to red, green and blue separately.
 
-    Input channel c contains the colour c (0 = red, 1 = green, 2 = blue). The convolution of input channel c with
-    kernels[k] gives output channel len(kernels) * c + k. nn.PixelShuffle expects the output channels of one colour
-    next to each other. Only the weights and biases of the first 3 * len(kernels) output channels are changed.
-
-    Args:
-        kernels: convolution kernels, each of the shape (3, 3).
+    The convolution of input channel c (0 = red, 1 = green, 2 = blue) with kernels[k] gives output channel
+    len(kernels) * c + k, because nn.PixelShuffle expects the output channels of one colour next to each other.
     """
     count = len(kernels)
     layer.weight[: 3 * count] = 0

@@ -1,12 +1,6 @@
 """Run RDN without gradients, in less memory and, on a CPU, in less time than the forward pass of training.
 
-`run_rdn` is the function that other modules call. `run_rdn` and the forward pass of training compute equal images
-except for rounding errors. `run_rdn` differs from the forward pass of training in three ways:
-
-- The dense blocks and the up-sampling layers process one tile of their input at a time. Each tile is cut out with all
-  pixels on which the output of the tile depends.
-- The output of each dense block is added to the fused feature maps at once, so that earlier outputs can be freed.
-- On a CPU, dense layers use Winograd's algorithm, or run on a few rows at a time, which fit into the caches.
+`run_rdn` and the forward pass of training compute equal images except for rounding errors.
 """
 
 from functools import partial
@@ -18,21 +12,15 @@ from torch import Tensor, nn
 from models.tiling import apply_function_in_tiles
 from models.winograd import DenseMaps, should_use_winograd
 
-# On a CPU, `run_dense_block_in_strips` cuts feature maps into strips of rows that fit into the caches.
-# STRIP_BYTES is the intended size of one channel of a strip, in bytes.
+# STRIP_BYTES is the size in bytes of one channel of a strip of rows, chosen so that a strip fits into a CPU's caches.
 STRIP_BYTES = 2**15
-# UPSCALE_TILE is the side of the tiles in up-sampling, in low-resolution pixels.
-# UPSCALE_HALO is the width of the halo (overlapping margin) of the tiles in up-sampling, in low-resolution pixels.
+# UPSCALE_TILE and UPSCALE_HALO are the side and the margin of the tiles in up-sampling, in low-resolution pixels.
 # UPSCALE_HALO must be at least 1.75, because an up-sampled pixel depends on input pixels up to 1.75 pixels away.
 UPSCALE_TILE, UPSCALE_HALO = 64, 2
 
 
 def run_rdn(model: nn.Module, x_lr: Tensor) -> Tensor:
-    """Enlarge low-resolution images with RDN, without computing gradients.
-
-    Args:
-        model: a `models.rdn.RDN`.
-        x_lr: images (B, 3, h, w) in [0, 1].
+    """Enlarge images x_lr (B, 3, h, w) in [0, 1] with a `models.rdn.RDN`, without computing gradients.
 
     Returns:
         x_hat: enlarged images, float32 (B, 3, scale * h, scale * w), not clipped to [0, 1].
@@ -46,9 +34,8 @@ def run_rdn(model: nn.Module, x_lr: Tensor) -> Tensor:
 def run_and_fuse_blocks(model: nn.Module, x: Tensor) -> Tensor:
     """Run the dense blocks one after another, starting with x (B, G0, h, w), and fuse the outputs of all blocks.
 
-    The fusion is computed as a sum of 1x1 convolutions, one for the output of each block. Summing takes less memory
-    than a convolution of the concatenated outputs of all blocks. Even under autocast, the fused feature maps have the
-    data type of RDN's parameters (float32).
+    The fusion is computed as a sum of 1x1 convolutions, because summing takes less memory than a convolution of the
+    concatenated outputs. Even under autocast, the fused feature maps have the data type of RDN's parameters (float32).
     """
     fusion = model.gff[0]
     weights = fusion.weight.split(x.shape[1], dim=1)  # one weight (G0, G0, 1, 1) per block
@@ -69,7 +56,7 @@ def run_and_fuse_blocks(model: nn.Module, x: Tensor) -> Tensor:
 
 
 def run_dense_block_in_strips(block: nn.Module, x: Tensor) -> Tensor:
-    """Run a residual dense block on x (B, G0, h, w). On a CPU, run each layer on a few rows at a time."""
+    """Run a residual dense block on x (B, G0, h, w), on a CPU on a few rows at a time."""
     rows = x.shape[2]
     if x.device.type == "cpu":
         row_bytes = x[:, 0, 0].nbytes
@@ -86,13 +73,11 @@ def run_dense_block_by_winograd(block: nn.Module, x: Tensor, scratch: Tensor) ->
     """Run a residual dense block on x (B, G0, h, w) with Winograd's algorithm.
 
     Args:
-        scratch: one-dimensional float32 tensor for the intermediate results of Winograd's algorithm. Each call resizes
-            and overwrites `scratch`. If all calls get the same `scratch`, its memory is allocated only once.
+        scratch: one-dimensional float32 tensor for intermediate results, which each call resizes and overwrites.
     """
     transformed = DenseMaps(x, len(block.layers), scratch)
-    # `first_weight` is the slice of block.lff.weight that is applied to x.
-    # `weights` contains the slices of block.lff.weight that are applied to the outputs of the dense layers.
-    # The slices have equal shapes, because `should_use_winograd` requires that growth_rate equals num_features.
+    # block.lff.weight has equal parts for x and for the output of each dense layer, because `should_use_winograd`
+    # requires that growth_rate equals num_features.
     first_weight, *weights = block.lff.weight.split(x.shape[1], dim=1)
     fused = F.conv2d(x, first_weight, block.lff.bias)  # (B, G0, h, w)
     maps = x

@@ -1,9 +1,7 @@
 """Read checkpoints by the paper's authors, and find the architecture of a network from the shapes of its weights.
 
-The checkpoints by the paper's authors do not store the arguments of networks. Their checkpoint of an RDN is a state
-dict, or a dictionary with the state dict under the key "state_dict". Their checkpoint of a detector is a dictionary
-with the keys "epoch", "arch", "state_dict" and "optimizer". The keys of a state dict may begin with "module.", which
-DataParallel adds.
+The checkpoints by the paper's authors do not store the arguments of networks. The authors' checkpoint of a detector is
+a dictionary with the keys "epoch", "arch", "state_dict" and "optimizer".
 """
 
 from collections.abc import Mapping
@@ -18,12 +16,10 @@ PREFIX = "module."  # prefix of the keys in a state dict if the network was wrap
 
 
 def extract_state_dict(content: Mapping, name: str) -> dict[str, Tensor]:
-    """Return the state dict in a checkpoint. If all keys begin with "module.", this prefix is removed.
+    """Return the state dict in a checkpoint, without the prefix "module." if all keys begin with this prefix.
 
     Args:
-        content: content of the checkpoint: the state dict itself, or a dictionary with the state dict under the key
-            "state_dict".
-        name: name of the checkpoint for error messages.
+        content: the state dict itself, or a dictionary with the state dict under the key "state_dict".
 
     Raises:
         UserError: if the checkpoint contains no state dict.

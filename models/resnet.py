@@ -1,12 +1,8 @@
-"""The ResNet that classifies residuals as real or fake. The stem of the ResNet has three convolutions.
+"""The ResNet that classifies residuals as real or fake.
 
-ResNet is from He, Zhang, Ren and Sun, "Deep Residual Learning for Image Recognition" (CVPR 2016). As in torchvision,
-the stride of a bottleneck block is in its 3x3 convolution. The parameters of the ResNet have the same names as in
-torchvision.
-
-The ResNet of the paper's authors differs from torchvision's ResNet in its stem and in its strides. The stem, which
-precedes layer1, has three convolutions, two of them with stride 2, and a max pooling with stride 2. The stride of
-layer1 is 2. The stride of layer3 and layer4 is 1. The total stride is 32, as in torchvision.
+ResNet is from He, Zhang, Ren and Sun, "Deep Residual Learning for Image Recognition" (CVPR 2016). The ResNet of
+the paper's authors differs from torchvision's ResNet in its stem, which has three convolutions, and in the strides of
+layer1 (2), layer3 (1) and layer4 (1).
 """
 
 from fractions import Fraction
@@ -19,8 +15,8 @@ from utils.errors import UserError
 
 STEM_CHANNELS = 128
 # STEM_STRIDE is the total stride of the stem, which consists of the layers before layer1.
-# STEM_HALO is the width of the halo (overlapping margin) of the stem's tiles, in pixels of the residual.
-# STEM_HALO must be at least 11, because an output value of the stem depends on input pixels up to 11 pixels away.
+# STEM_HALO is the width in pixels of the margin of the stem's tiles. STEM_HALO must be at least 11, because an output
+# value of the stem depends on input pixels up to 11 pixels away.
 STEM_STRIDE, STEM_HALO = 8, 16
 
 LAYOUTS = {
@@ -34,12 +30,9 @@ BOTTLENECKS = ("resnet50", "resnet101", "resnet152")  # ResNets that consist of 
 
 
 def create_convolution(in_channels: int, out_channels: int, side: int, stride: int = 1, dilation: int = 1) -> nn.Conv2d:
-    """Create a convolution that divides height and width by `stride`, and rounds the results up.
+    """Create a side x side convolution that divides height and width by `stride`, and rounds the results up.
 
     The convolution has no bias, because a batch norm follows it.
-
-    Args:
-        side: height and width of the kernel.
     """
     padding = side // 2 * dilation
     return nn.Conv2d(in_channels, out_channels, side, stride, padding, dilation, bias=False)
@@ -122,7 +115,6 @@ class DeepStemResNet(nn.Module):
     """A ResNet that computes logits (B, 2) for FAKE and REAL from residuals (B, channels, H, W).
 
     Args:
-        channels: number of channels of the residual.
         arch: name of the ResNet, one of the names in LAYOUTS.
         dilated: whether layer3 has dilation 2 and layer4 has dilation 4. Release: the code of the paper's authors
             dilates a ResNet-50, ResNet-101 or ResNet-152 unless `--no_dilation` is given.
@@ -132,10 +124,8 @@ class DeepStemResNet(nn.Module):
     """
 
     # `stride` is the side of the residual divided by the side of the last feature map.
-    # If height and width of a residual are at most `stride`, the ResNet's last feature map has one value per channel.
-    # Batch norm can be trained only if a batch has at least two values per channel.
-    # If the height and width of residuals are at most `stride`, train_detector.py rejects batches of one image.
-    # With synchronized batch norm, which uses the images of all GPUs, train_detector.py accepts one image per GPU.
+    # If height and width of residuals are at most `stride`, train_detector.py rejects batches of one image, because
+    # batch norm can be trained only if a batch has at least two values per channel.
     stride = 32
 
     def __init__(self, channels: int, arch: str = "resnet50", dilated: bool = False):
@@ -178,7 +168,7 @@ class DeepStemResNet(nn.Module):
 
         Args:
             planes: number of channels of the 3x3 convolutions.
-            stride: stride of the first block. All later blocks of the sequence have stride 1.
+            stride: stride of the first block.
             dilations: dilation of the first block, and dilation of all later blocks.
         """
         first, others = dilations
@@ -204,16 +194,9 @@ class DeepStemResNet(nn.Module):
         return self.fc(x)
 
     def run_stem(self, x: Tensor) -> Tensor:
-        """Run the stem on residuals x (B, channels, H, W).
-
-        The stem consists of the layers before layer1, and divides height and width by 8.
-        """
+        """Run the stem, which divides height and width by 8, on residuals x (B, channels, H, W)."""
         return self.maxpool(self.relu(self.bn1(self.conv1(x))))
 
     def set_tile_side(self, side: int) -> None:
-        """Set the side length of the tiles in which the stem processes residuals in evaluation mode without gradients.
-
-        Args:
-            side: side of a tile in pixels of the residual.
-        """
+        """Set the side in pixels of the tiles in which the stem runs in evaluation mode without gradients."""
         self.tile = side

@@ -19,15 +19,14 @@ class ResynthesisDetector(nn.Module):
                                                 (if `signed` is True: phi(x_hat) - phi(x))
         logits   = classifier(residual)         logits with the columns FAKE, REAL
 
-    `models/build.py` lists the networks that can be chosen for each part of the detector. docs/extending.md shows how
-    to add a network.
+    docs/extending.md shows how to add a network.
 
     Args:
         resynthesizer: network that enlarges images (B, 3, h, w) by the factor in its attribute `scale`.
         features: network that computes feature maps (B, channels, H / stride, W / stride) of images (B, 3, H, W). The
             feature network must have the attributes `channels` and `stride`.
         classifier: network that computes logits (B, 2) from residuals (B, channels, H / stride, W / stride).
-        signed: whether the residual keeps its sign. The paper uses the absolute value of the residual.
+        signed: whether the residual keeps its sign, unlike in the paper.
     """
 
     def __init__(self, resynthesizer: nn.Module, features: nn.Module, classifier: nn.Module, signed: bool = False):
@@ -60,8 +59,7 @@ class ResynthesisDetector(nn.Module):
         """Compute the residual of images x (B, 3, H, W) and their re-synthesis x_hat (B, 3, H, W).
 
         Returns:
-            the residual, float32 (B, C_l, H_l, W_l): the features of x_hat minus the features of x. If `signed` is
-            False, the residual is the absolute value of the difference between the features.
+            the residual, float32 (B, C_l, H_l, W_l).
         """
         phi = self.features(x)  # (B, C_l, H_l, W_l)
         phi_hat = self.features(x_hat)  # (B, C_l, H_l, W_l)
@@ -72,8 +70,7 @@ class ResynthesisDetector(nn.Module):
         """Compute the logits (B, 2) of residuals (B, C_l, H_l, W_l).
 
         The classifier computes in float32 also under autocast, because a batch norm over only a few values per channel
-        would amplify the rounding errors of bf16. Running a ResNet-50 in float32 costs little time, because it does
-        only about 2 % of the floating-point operations of a detector with RDN.
+        would amplify the rounding errors of bf16.
         """
         with torch.autocast(residual.device.type, enabled=False):
             return self.classifier(residual.float())
@@ -86,18 +83,16 @@ class ResynthesisDetector(nn.Module):
     def set_resynthesizer_frozen(self, frozen: bool) -> None:
         """Freeze the weights of the re-synthesizer, or make them trainable if `frozen` is False.
 
-        `frozen` is True with `--fixed-sr`, and False in end-to-end training. Release: the code of the paper's authors
-        freezes the re-synthesizer also in end-to-end training.
+        Release: the code of the paper's authors freezes the re-synthesizer also in end-to-end training.
         """
         self.resynthesizer_is_frozen = frozen
         self.resynthesizer.requires_grad_(not frozen)
         self.train(self.training)
 
     def train(self, mode: bool = True) -> "ResynthesisDetector":
-        """Put the classifier in training mode, or in evaluation mode if `mode` is False.
+        """Put the classifier and an unfrozen re-synthesizer in training mode, or in evaluation mode if `mode` is False.
 
-        A re-synthesizer that is not frozen is put in the same mode as the classifier. The feature network and a frozen
-        re-synthesizer always stay in evaluation mode.
+        The feature network and a frozen re-synthesizer always stay in evaluation mode.
         """
         super().train(mode)
         self.features.eval()
@@ -108,12 +103,11 @@ class ResynthesisDetector(nn.Module):
     def set_tile_side(self, side: int) -> None:
         """Set the side length of the tiles in which the detector processes images when gradients are disabled.
 
-        Smaller tiles take less memory, and give the same results except for rounding errors. A network that has no
-        method `set_tile_side` processes its whole input at once.
+        Smaller tiles take less memory, and give the same results except for rounding errors.
 
         Args:
-            side: side of a tile in pixels of the image. A side below 16 is raised to 16. All other sides are rounded
-                down to a multiple of 16. Sides below 512 pixels take much more time, because tiles overlap.
+            side: side of a tile in pixels of the image, rounded down to a multiple of 16, but at least 16. Sides below
+                512 pixels take much more time, because tiles overlap.
         """
         side = max(side - side % 16, 16)
         for part in (self.resynthesizer, self.features, self.classifier):

@@ -1,14 +1,8 @@
-"""Small classifiers for training on a few hundred images.
+"""Small classifiers for training on a few hundred images, on which a ResNet overfits.
 
-A ResNet overfits if it is trained on only a few hundred images. The classifiers in this file first reduce a residual to
-a small number of values, and then classify these values.
-
-`SpectrumClassifier` is made for pixel residuals, not for residuals of VGG-19 features. `SpectrumClassifier` compares
-the power of each frequency in the spectrum of a residual with the power of neighbouring frequencies. The spectrum of
-the residual is averaged over overlapping windows by Welch's method (IEEE Transactions on Audio and Electroacoustics,
-1967).
-
-`ChannelPowerClassifier` classifies residuals of VGG-19 features by the mean square of each channel.
+`SpectrumClassifier` is made for pixel residuals, and `ChannelPowerClassifier` for residuals of VGG-19 features. The
+spectrum of a residual is averaged over overlapping windows by Welch's method (IEEE Transactions on Audio and
+Electroacoustics, 1967).
 """
 
 import torch
@@ -21,35 +15,28 @@ from utils.errors import UserError
 # SMALLEST_POWER is far below the power of the noise that rounding to 8 bits adds to an image in [0, 1].
 SMALLEST_POWER = 1e-7
 
-# SMALLEST_DISTANCE is added to the distance d in `SpectrumClassifier`, so that log(d) is finite.
-# SMALLEST_DISTANCE is far below typical values of the distance d, which are about 1.
+# SMALLEST_DISTANCE is added to the distance d in `SpectrumClassifier`, typically about 1, so that log(d) is finite.
 SMALLEST_DISTANCE = 1e-4
 
 
 class SpectrumClassifier(nn.Module):
     """A classifier that computes logits (B, 2) for FAKE and REAL from the spectrum of residuals (B, channels, H, W).
 
-    The power spectrum of the residual is averaged over overlapping windows. The log power is averaged over all
-    channels. The log power is also averaged over four versions of the residual: the residual, its mirror image, and
-    these two rotated by 90 degrees. Then the mean log power of the neighbouring frequencies is subtracted from the log
-    power of each frequency. The differences of log powers show the peaks and edges that up-sampling causes in a
-    spectrum. The differences of log powers depend little on brightness, sharpness and image content.
+    The log power of the residual is averaged over all channels, the mirror image and rotations by 90 degrees. Then the
+    mean log power of the neighbouring frequencies is subtracted from the log power of each frequency. The differences
+    of log powers show the peaks and edges that up-sampling causes in a spectrum.
 
-    Each logit of this classifier is the sum of two terms. The first term of a logit is the output of a network with one
-    hidden layer, which learns to recognize the generators of the training images. The second term depends on d, a
-    distance of the image from real images. The second term is w * log(d) in the logit for FAKE and -w * log(d) in the
-    logit for REAL, with a learned weight w. To compute d, a linear layer is applied to the standardized
-    differences of log powers. The distance d is the mean square of the outputs of this linear layer. Training makes the
-    distance d small for real images. A large d raises the logit for FAKE, also for images of generators that are unseen
-    in training.
+    Each logit of this classifier is the sum of the output of a network with one hidden layer and w * log(d) (for FAKE)
+    or -w * log(d) (for REAL), with a learned weight w. The distance d of an image from real images is the mean square
+    of the outputs of a linear layer, which is applied to the standardized differences of log powers. A large distance d
+    raises the logit for FAKE, also for images of generators that are unseen in training.
 
     Use this classifier with `--residual signed`, because `--residual absolute` replaces each residual by its absolute
-    value, which has another spectrum. Images may have any size.
+    value, which has another spectrum.
 
     Args:
-        channels: number of channels of the residual. `channels` is not used, because the log spectra of all channels
-            are averaged.
-        window: side length of the windows in pixels, an even number. Neighbouring windows overlap by half their side.
+        channels: not used, because the log spectra of all channels are averaged.
+        window: side length of the windows in pixels, an even number.
         neighbourhood: side of the square of frequencies around each frequency, an odd number.
         hidden: number of units of the hidden layer, and number of dimensions in which the distance is computed.
         dropout: probability of dropout at the inputs of both terms and after the hidden layer.
@@ -96,10 +83,7 @@ class SpectrumClassifier(nn.Module):
         return self.layers(values) + torch.cat([log_distance, -log_distance], dim=1)
 
     def compute_spectrum_relative_to_neighbouring_frequencies(self, x: Tensor) -> Tensor:
-        """Compute the log power of each frequency minus the mean log power of its neighbouring frequencies.
-
-        Args:
-            x: residuals (B, C, H, W).
+        """Compute the log power of each frequency of residuals x (B, C, H, W) minus the mean of its neighbours.
 
         Returns:
             the differences of log powers in the upper triangle of the spectrum, (B, half * (half + 1) / 2), where
@@ -113,7 +97,7 @@ class SpectrumClassifier(nn.Module):
         power = torch.fft.rfft2(windows * self.taper).abs().square()  # (B, C, rows, columns, n, half)
         power = power.mean(dim=(2, 3))  # (B, C, n, half)
         log_power = (power + SMALLEST_POWER).log().mean(dim=1)  # (B, n, half)
-        # Average the spectrum with the spectrum of the mirrored image. Mirroring swaps the rows f and -f of a spectrum.
+        # Mirroring an image swaps the rows f and -f of its spectrum
         mirrored = log_power.flip(1).roll(1, dims=1)
         log_power = (log_power + mirrored)[:, :half] / 2  # (B, half, half)
         # Average the spectrum with its transpose, which is the spectrum of the image rotated by 90 degrees
@@ -121,13 +105,7 @@ class SpectrumClassifier(nn.Module):
         return (log_power - self.average_neighbouring_frequencies(log_power))[:, self.triangle[0], self.triangle[1]]
 
     def average_neighbouring_frequencies(self, spectrum: Tensor) -> Tensor:
-        """For each frequency, compute the mean over the `neighbourhood` x `neighbourhood` frequencies around it.
-
-        At its edges, the spectrum is padded by reflection.
-
-        Args:
-            spectrum: spectra (B, half, half), where half = window / 2 + 1.
-        """
+        """Compute the mean over the neighbourhood of each frequency in spectra (B, window / 2 + 1, window / 2 + 1)."""
         reach = self.neighbourhood // 2
         padded = F.pad(spectrum[:, None], (reach, reach, reach, reach), mode="reflect")
         return F.avg_pool2d(padded, self.neighbourhood, stride=1)[:, 0]
@@ -140,7 +118,6 @@ class ChannelPowerClassifier(nn.Module):
     channels, so that the contrast of the image does not change the logits.
 
     Args:
-        channels: number of channels of the residual.
         dropout: probability of dropout before the linear layer.
     """
 

@@ -17,17 +17,15 @@ def apply_function_in_tiles(
 ) -> Tensor:
     """Compute function(*maps) on one tile of the feature maps at a time.
 
-    Each tile is cut out with a halo, a margin of `halo` pixels on all sides. Output values that lie in the halo are
-    discarded. At the border of the feature map, a tile has no halo, because `function` pads its input at the border.
-    The result equals function(*maps) if each output value depends only on input pixels that are at most `halo` pixels
-    away.
+    At the border of the feature map, a tile has no halo, because `function` pads its input at the border. The result
+    equals function(*maps) if each output value depends only on input pixels that are at most `halo` pixels away.
 
     Args:
         function: a sequence of convolutions with "same" padding, poolings and per-pixel operations, which computes a
             result (B, C', scale * h, scale * w) from `maps`, with height and width rounded down or up.
         maps: one or more feature maps (B, C, h, w) of equal height and width.
-        side: side length of a square tile, or (height, width) of a tile, in pixels of `maps`. `scale` times
-            the height of a tile and `scale` times the width of a tile must be integers.
+        side: side length of a square tile, or (height, width) of a tile, in pixels of `maps`. The products of
+            `scale` with both sides of a tile must be integers.
         halo: width in pixels of the margin around each tile. `scale * halo` must be an integer.
         scale: factor by which `function` changes the height and the width of `maps`.
     """
@@ -47,7 +45,6 @@ def apply_function_in_tiles(
             if result is None:
                 shape = (*y.shape[:2], math.ceil(height * scale), math.ceil(width * scale))
                 result = torch.empty(shape, dtype=y.dtype, device=y.device, memory_format=torch.channels_last)
-            # Remove the halo from the output `y` of the tile
             y = y[:, :, int((top - y0) * scale) :, int((left - x0) * scale) :]
             y = y[:, :, : int(tile_height * scale), : int(tile_width * scale)]
             row = int(top * scale)
@@ -55,6 +52,5 @@ def apply_function_in_tiles(
             bottom = row + y.shape[2]
             right = column + y.shape[3]
             result[:, :, row:bottom, column:right] = y
-    # The height and width of `result` are those of `maps`, multiplied by `scale` and rounded up.
     # If `function` rounds the size of its output down, the last row or column of `result` has no values and is removed.
     return result[:, :, :bottom, :right]

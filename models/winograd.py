@@ -1,10 +1,8 @@
 """Winograd's algorithm F(4x4, 3x3) for 3x3 convolutions on a CPU.
 
-The algorithm needs a quarter of the multiplications of a direct convolution. The algorithm is described by Lavin and
-Gray, "Fast Algorithms for Convolutional Neural Networks" (CVPR 2016). The algorithm computes 4 x 4 output values from a
-tile d of 6 x 6 input values and a kernel g of 3 x 3 values. The output values are OUTPUT [(KERNEL g) * (INPUT d)] with
-the constant matrices OUTPUT, KERNEL and INPUT. In this formula, d and g are flattened to vectors, and * multiplies two
-vectors element by element.
+The algorithm is described by Lavin and Gray, "Fast Algorithms for Convolutional Neural Networks" (CVPR 2016). The 16
+output values of a tile are OUTPUT @ ((KERNEL @ kernel) * (INPUT @ tile)), where `kernel` is a vector of 9 values, and
+`tile` is a vector of 36 values.
 
 Shapes in this file use the letters B (images), C (channels per map), O (output channels) and n (tiles).
 """
@@ -19,7 +17,7 @@ from torch import Tensor, nn
 TILE_IN = 6  # side length of an input tile
 TILE_OUT = 4  # side length of an output tile
 PRODUCTS = TILE_IN**2
-# Winograd's algorithm interpolates polynomials at six points. POINTS contains five of them. The sixth is infinity.
+# Winograd's algorithm interpolates polynomials at the five points in POINTS and at infinity.
 # With the values in POINTS, the largest measured rounding error is 2e-6 of the largest output value.
 POINTS = (0.0, 0.5**0.5, -(0.5**0.5), 2**0.5, -(2**0.5))
 TILES = 256  # number of tiles computed at a time, chosen so that the tiles fit into the caches of a CPU
@@ -34,9 +32,7 @@ def compute_transform_matrices() -> tuple[Tensor, Tensor, Tensor]:
     powers = torch.tensor(POINTS, dtype=torch.float64)[:, None] ** exponents  # (5, 6)
     infinity = torch.eye(TILE_IN, dtype=torch.float64)
     # The matrices input_1d, kernel_1d and output_1d are those of Winograd's algorithm in one dimension.
-    # The matrix `powers` maps the coefficients of a polynomial to the values of the polynomial at POINTS.
     # The value of a polynomial at infinity is defined as the coefficient of the highest power.
-    # In each torch.cat below, the last row comes from `infinity` and selects the coefficient of the highest power.
     input_1d = torch.cat([powers, infinity[-1:]]).inverse().T  # (6, 6)
     kernel_1d = torch.cat([powers[:, :3], infinity[2:3, :3]])  # (6, 3)
     output_1d = torch.cat([powers[:, :TILE_OUT], infinity[TILE_OUT - 1 : TILE_OUT, :TILE_OUT]]).T  # (4, 6)
@@ -49,9 +45,8 @@ INPUT, KERNEL, OUTPUT = compute_transform_matrices()
 def should_use_winograd(x: Tensor, layers: nn.Sequential) -> bool:
     """Return whether to use Winograd's algorithm for the layers of a dense block with the input x (B, C, h, w).
 
-    Winograd's algorithm is used only for inference in float32 on an x86 CPU with AVX. The input x must have at least
-    MIN_CHANNELS channels. The product h * w must be at least MIN_TILES * 16, because an output tile has 4 x 4 pixels.
-    Each layer must have as many output channels as x has channels.
+    Winograd's algorithm is used only for inference in float32 on an x86 CPU with AVX. Each layer must have as many
+    output channels as x has channels.
     """
     if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
         return False
@@ -71,10 +66,10 @@ class DenseMaps:
     Each feature map is transformed only once, although several layers read it.
 
     Args:
-        like: a tensor with the shape (B, C, h, w) of the feature maps. The values of `like` are not used.
+        like: any tensor with the shape (B, C, h, w) of the feature maps.
         count: number of feature maps that the store can hold.
         scratch: one-dimensional float32 tensor of any size, which is resized and overwritten with the transformed
-            feature maps. If all stores get the same `scratch`, its memory is allocated only once.
+            feature maps.
     """
 
     def __init__(self, like: Tensor, count: int, scratch: Tensor):
@@ -106,8 +101,7 @@ class DenseMaps:
             strict=True,
         ):
             torch.bmm(INPUT.expand(len(tiles), -1, -1), tiles, out=maps[self.added - 1].view_as(tiles))
-            # The grouped convolution multiplies the transformed tiles by the transformed kernels, element by element.
-            # The grouped convolution also sums the products over all feature maps and channels.
+            # The grouped convolution multiplies tiles by kernels, and sums the products over maps and channels
             values = maps[: self.added]  # (number of stored feature maps, number of tiles, 36 * C)
             if self.added == 1:
                 # For a single feature map, conv2d is faster if the tiles form rows and columns instead of one long row
@@ -135,11 +129,7 @@ class DenseMaps:
         return weight.permute(0, 3, 1, 2)
 
     def split_images_into_strips(self, images: Tensor) -> list[Tensor]:
-        """Split each image of a batch into strips of at most `strip_rows` rows of tiles.
-
-        Args:
-            images: batch (B, rows, ...), where `rows` is the number of rows of tiles in an image.
-        """
+        """Split images (B, rows of tiles, ...) into strips of at most `strip_rows` rows of tiles."""
         parts = []
         for image in images:
             parts.extend(image.split(self.strip_rows))

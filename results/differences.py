@@ -3,12 +3,9 @@
     python results/differences.py faces             reads the score tables in results/faces/scores
     python results/differences.py real_pictures     reads the score tables in results/real_pictures/scores
 
-The AUROCs with and without RDN are computed on the same test images. The detectors without RDN, called controls, use
-bicubic interpolation or no re-synthesis. Each AUROC is the mean over the seeds with which both the detector with RDN
-and its control were trained. The 95 % interval of a difference of AUROCs is computed from 1,000 bootstrap resamples, in
-which the images and the seeds are drawn with replacement. If a detector with RDN and its control have only one seed in
-common, the table cell says "one seed". The interval in such a cell does not show how much the difference depends on the
-seed.
+The detectors without RDN, called controls, use bicubic interpolation or no re-synthesis. The 95 % interval of a
+difference of AUROCs is computed from 1,000 bootstrap resamples, in which the images and the seeds are drawn with
+replacement. The interval in a cell with "one seed" does not show how much the difference depends on the seed.
 """
 
 import argparse
@@ -26,7 +23,6 @@ from evaluation.score_table import ScoreTable, read_table  # noqa: E402
 
 RESAMPLES = 1000
 # SETTINGS[study][setting] names three detectors: with RDN, with bicubic interpolation, and without re-synthesis.
-# The name of a detector is also the file name (without .csv) of the detector's score table.
 # If a detector was trained again with another seed, its name ends with _seed and a digit, as in pixel_rdn_seed1.
 SETTINGS = {
     "faces": {
@@ -81,21 +77,14 @@ SETTINGS = {
 
 
 def read_tables_of_all_seeds(study: str, detector: str) -> dict[str, ScoreTable]:
-    """Read the score tables of a detector from the folder of a study. Returns a dict from seed to table.
-
-    If the file name of a table names no seed, the key of the table is "".
-    """
+    """Read the score tables of a detector in a study into a dict with keys such as "_seed1", or "" without a seed."""
     folder = FOLDER / study / "scores"
     files = [*folder.glob(f"{detector}.csv"), *sorted(folder.glob(f"{detector}_seed?.csv"))]
     return {file.stem.removeprefix(detector): read_table(file) for file in files}
 
 
 def select_scores_of_images(tables: list[ScoreTable], paths: list[str]) -> np.ndarray:
-    """Return the scores (seeds, N), logit for FAKE minus logit for REAL, of the N images with the given paths.
-
-    Args:
-        tables: one score table per seed.
-    """
+    """Return the scores (seeds, N), logit for FAKE minus logit for REAL, of the N images with the given paths."""
     scores = []
     for table in tables:
         row_of_path = {path: i for i, path in enumerate(table.paths)}
@@ -104,7 +93,7 @@ def select_scores_of_images(tables: list[ScoreTable], paths: list[str]) -> np.nd
 
 
 def mean_auroc_over_seeds(scores: np.ndarray, is_fake: np.ndarray) -> float:
-    """Return the mean over seeds of the AUROC of `scores` (seeds, N). `is_fake` (N,) is True for fake images.
+    """Return the mean over seeds of the AUROC of `scores` (seeds, N) for the labels `is_fake` (N,).
 
     The AUROC is computed from the ranks of the scores (Mann and Whitney, 1947).
     """
@@ -112,7 +101,6 @@ def mean_auroc_over_seeds(scores: np.ndarray, is_fake: np.ndarray) -> float:
     fakes = np.count_nonzero(is_fake)
     reals = len(is_fake) - fakes
     # `wins` is the number of pairs of a fake and a real image in which the fake image has the higher score.
-    # A pair with equal scores counts as half a pair.
     wins = ranks[:, is_fake].sum(axis=1) - fakes * (fakes + 1) / 2  # (seeds,)
     return float(np.mean(wins / (fakes * reals)))
 
@@ -143,13 +131,9 @@ def compute_auroc_difference_with_interval(
 
 
 def format_auroc_difference(rdn: dict[str, ScoreTable], control: dict[str, ScoreTable], generator: str) -> str:
-    """Format the AUROC with RDN minus the AUROC of a control (a detector without RDN), in percentage points.
+    """Format the AUROC with RDN minus the AUROC of a control on fakes of `generator`, in percentage points.
 
     If the two detectors have no common seed with scores of all test images, return "-".
-
-    Args:
-        rdn, control: for each seed, the score table of the detector.
-        generator: the generator of the fake images on which the AUROCs are computed.
     """
     first = next(iter(rdn.values()))
     rows = select_fakes_and_reals_per_generator(first)[generator]

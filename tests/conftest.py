@@ -20,10 +20,7 @@ torch.set_num_threads(1)  # OMP_NUM_THREADS has no effect if PyTorch was importe
 
 @pytest.fixture(scope="module")
 def shrink_resnet18():
-    """Replace resnet18 in the test process by a smaller network with half as many blocks.
-
-    In each new process, `processes.start_program` also replaces resnet18 by a network with half as many blocks.
-    """
+    """Replace resnet18 in the test process by a smaller network with half as many blocks."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setitem(LAYOUTS, "resnet18", SMALL["resnet18"])
         yield
@@ -31,11 +28,7 @@ def shrink_resnet18():
 
 @pytest.fixture(scope="session")
 def write_real_and_fake_images():
-    """Return a function that writes `count` real and `count` fake images into the folders root/real and root/fake.
-
-    An image has `side` x `side` pixels. Each pixel of a real image has a random colour. A fake image consists of
-    squares of 4 x 4 pixels, and each square has one random colour.
-    """
+    """Return a function that writes images of random pixels into root/real, and of 4 x 4 squares into root/fake."""
 
     def write_real_and_fake_folders(root, count, side):
         rng = np.random.default_rng(0)

@@ -15,13 +15,7 @@ def random_rgb_pixels(height=16, width=16, seed=0):
 
 
 def save_image(path, pixels=None, **options):
-    """Write an image file, and return the path of the file as text.
-
-    Args:
-        path: path of the image file.
-        pixels: an array, a Pillow image, or None for random pixels.
-        options: further arguments of Pillow's `save`.
-    """
+    """Write an array, a Pillow image or random pixels to an image file, and return the path of the file as text."""
     if pixels is None:
         pixels = random_rgb_pixels()
     image = pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)
@@ -38,11 +32,7 @@ def write_empty_files(root, *names):
 
 
 def cut_file_in_half(path):
-    """Truncate an image file to its first half, which contains the header.
-
-    Returns:
-        The original bytes of the whole file.
-    """
+    """Truncate an image file to its first half, and return the original bytes of the whole file."""
     content = path.read_bytes()
     path.write_bytes(content[: len(content) // 2])
     return content

@@ -13,10 +13,7 @@ import torch
 
 @functools.cache  # drawing random weights is slow; the cached weights take about 0.5 GB of memory
 def make_fixed_weight_from_parameter_name(name: str, shape: tuple[int, ...]) -> torch.Tensor:
-    """Return fixed pseudo-random values for a parameter or buffer of a network.
-
-    The values depend only on the name and the shape of the parameter or buffer.
-    """
+    """Return pseudo-random values that depend only on the name and the shape of a parameter or buffer."""
     if name.endswith("num_batches_tracked"):
         return torch.tensor(0)
     legacy = np.random.RandomState  # noqa: NPY002 - the published rule names this generator

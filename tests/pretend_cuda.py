@@ -1,8 +1,7 @@
 """Simulate a GPU on a CPU, to find operations that combine tensors on different devices.
 
-A tensor that a program moves to "cuda" gets a mark, the attribute `_on_cuda`, but stays in CPU memory. An operation
-that combines a marked and an unmarked tensor raises an error, as on a GPU. Calling `.numpy()` on a marked tensor also
-raises an error. The simulation does not check the operations of the backward pass.
+A tensor that a program moves to "cuda" gets a mark, the attribute `_on_cuda`, but stays in CPU memory. The simulation
+does not check the operations of the backward pass.
 """
 
 import contextlib
@@ -24,10 +23,7 @@ def is_marked_as_cuda(value) -> bool:
 
 
 def mark_tensors_as_cuda_or_cpu(value, on_cuda: bool = True):
-    """Set the attribute `_on_cuda` of every tensor in `value` to the argument `on_cuda`. Return `value`.
-
-    `value` is a tensor, or a list, tuple or dict of tensors.
-    """
+    """Set the attribute `_on_cuda` of every tensor in `value` to the argument `on_cuda`. Return `value`."""
     for leaf in tree_leaves(value):
         if isinstance(leaf, Tensor):
             leaf._on_cuda = on_cuda
@@ -74,10 +70,7 @@ class PretendCuda(TorchFunctionMode):
 
     @staticmethod
     def raise_if_devices_differ(name, args, kwargs):
-        """Raise an error if an operation combines CPU tensors with CUDA tensors.
-
-        As on a GPU, an operation may combine a zero-dimensional CPU tensor with CUDA tensors.
-        """
+        """Raise an error if an operation combines CUDA tensors with CPU tensors of one or more dimensions."""
         if name in ACROSS_DEVICES:
             return
         if name in ("__getitem__", "__setitem__"):
@@ -92,11 +85,7 @@ class PretendCuda(TorchFunctionMode):
 
     @staticmethod
     def imitate_tensor_to_method(tensor, *args, **kwargs):
-        """Imitate `Tensor.to`, which moves a tensor to a device or converts the dtype of the tensor.
-
-        `args` may contain a device, a dtype, or a tensor with the wanted device and dtype. Other elements of `args` are
-        ignored.
-        """
+        """Imitate `Tensor.to`, which moves a tensor to a device or converts the dtype of the tensor."""
         on_cuda = is_marked_as_cuda(tensor)
         kwargs.pop("non_blocking", None)
         remaining = []

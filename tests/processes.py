@@ -32,14 +32,9 @@ SERVER.set_forkserver_preload(["train_sr", "train_detector", "test"])
 def start_program(
     program: str, arguments: list[str], log: Path, prepare: Callable[[], None] | None = None, **environment: str
 ) -> multiprocessing.Process:
-    """Start a program in a new process. The process appends its output to a log file.
-
-    PyTorch uses one CPU thread in the new process.
+    """Start a program such as "train_sr.py" in a new process, which appends its output to a log file.
 
     Args:
-        program: file name of the program, such as "train_sr.py".
-        arguments: command line of the program.
-        log: file that the output of the program is appended to.
         prepare: picklable function that the new process calls before the program starts.
         environment: additional environment variables of the new process.
     """
@@ -49,7 +44,7 @@ def start_program(
 
 
 def _run_program(program, arguments, log, prepare, environment):
-    """Run a program in the current process. `start_program` calls this function in each new process."""
+    """Run a program in the current process."""
     with open(log, "a") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
@@ -63,10 +58,7 @@ def _run_program(program, arguments, log, prepare, environment):
 
 
 def wait_for_exit(process: multiprocessing.Process, seconds: float = 120) -> int:
-    """Wait until a process ends, and return its exit status.
-
-    The exit status is -N if signal N killed the process.
-    """
+    """Wait until a process ends, and return its exit status, which is -N if signal N killed the process."""
     process.join(seconds)
     if process.is_alive():
         process.kill()
@@ -105,10 +97,7 @@ def hold_lock_in_process(lock: Path) -> Iterator[Callable[[], None]]:
 
 
 def _hold_lock_in_process_and_worker(lock, connection):
-    """Lock a file in this process, fork a worker process, and let both processes sleep for 60 s.
-
-    The process id of the worker process is sent to the test process through the pipe `connection`.
-    """
+    """Lock a file in this process, fork a worker process, and let both processes sleep for 60 s."""
     with hold_lock_file(lock, World()):
         worker = os.fork()
         if worker:
@@ -124,11 +113,9 @@ def patch_progress_bar_to_send_signal(description: str, at: int, number: int, al
 
     Args:
         description: beginning of the text beside the progress bar, such as "epoch".
-        at: number of the iteration before which the program sends the signal. The first iteration has the number 1.
-            Iterations are counted over all loops whose progress bar has a text that begins with `description`.
+        at: number of the iteration, counted from 1 over all loops whose text begins with `description`.
         number: number of the signal, such as 9 for SIGKILL.
-        all_processes: if True, the program sends the signal to itself and to its worker processes. Then it waits for
-            0.3 s, so that the worker processes react first.
+        all_processes: if True, the worker processes of the program also get the signal.
     """
     original, count = console.progress_bar, itertools.count(1)
     os.setpgid(0, 0)
@@ -159,11 +146,7 @@ def patch_progress_bar_to_sleep_first(description: str, seconds: float) -> None:
 
 
 def patch_checkpoint_saving_to_kill_program(save: int) -> None:
-    """Make the program truncate a checkpoint file to its first half, and then kill itself with SIGKILL.
-
-    Args:
-        save: number of the checkpoint that the program truncates. The first saved checkpoint has the number 1.
-    """
+    """Make the program truncate checkpoint number `save`, counted from 1, and then kill itself with SIGKILL."""
     original, count = torch.save, itertools.count(1)
 
     def truncate_file_and_kill_process(file):
@@ -179,12 +162,7 @@ def patch_checkpoint_saving_to_kill_program(save: int) -> None:
 
 
 def patch_test_py_to_send_signal_before_batch(batch: int, number: int) -> None:
-    """Make test.py send itself a signal before it computes the logits of a batch.
-
-    Args:
-        batch: number of the batch before which test.py sends the signal. The first batch has the number 1.
-        number: number of the signal.
-    """
+    """Make test.py send itself the signal `number` before it scores the batch `batch`, counted from 1."""
     original, count = scoring.Detector.logits, itertools.count(1)
 
     def send_signal_and_compute_logits(self, *arguments):

@@ -35,10 +35,7 @@ def run_test_py(*argv) -> int:
 
 
 def error_line_of_test_py(capfd, *argv) -> str:
-    """Require that test.py refuses a command line, and return the error line that test.py prints.
-
-    The exit status must be 2, and stdout must be empty. Only the last line on stderr may be an error line.
-    """
+    """Require that test.py refuses a command line with exit status 2, and return the only error line of test.py."""
     capfd.readouterr()
     assert run_test_py(*argv) == 2
     out, err = capfd.readouterr()
@@ -49,18 +46,12 @@ def error_line_of_test_py(capfd, *argv) -> str:
 
 
 def make_arguments_of_test_py(detector, images, path, *more) -> list:
-    """Return a command line for test.py that scores images without labels.
-
-    Without labels, test.py draws no figure.
-    """
+    """Return a command line for test.py that scores images without labels."""
     return ["--gpu", "cpu", "-j", 0, "-b", 2, "--resume", detector, "--input", images, "--save_path", path, *more]
 
 
 def write_noise_image(path, key: int, size: tuple[int, int] = (32, 32)) -> Path:
-    """Write a noise image of the given size (height, width) in pixels. Return the path of the image.
-
-    The image is the sum of random noise and of a smooth pattern, which is enlarged from 4 x 4 random pixels.
-    """
+    """Write a noise image of the given size (height, width) in pixels, and return the path of the image."""
     rng = np.random.default_rng(key)
     coarse = Image.fromarray(rng.integers(0, 256, (4, 4, 3), np.uint8)).resize(size[::-1])
     pixels = np.clip(np.asarray(coarse, int) + rng.integers(-30, 31, (*size, 3)), 0, 255).astype(np.uint8)
@@ -78,12 +69,7 @@ def write_noise_images(folder: Path) -> Path:
 
 
 def write_detector(path: Path, **content) -> Path:
-    """Write a checkpoint of a small detector that classifies pixel residuals. Return the path of the checkpoint.
-
-    Args:
-        path: path of the checkpoint.
-        content: entries of the checkpoint dict that replace or extend the default entries.
-    """
+    """Write a checkpoint of a small detector on pixel residuals. `content` replaces or extends the default entries."""
     state = {"state_dict": load_fixed_pseudo_random_weights(DeepStemResNet(3, "resnet18")).state_dict()}
     state["sr_state_dict"] = load_fixed_pseudo_random_weights(RDN(**TINY)).state_dict()
     torch.save({**state, "config": CONFIG, **content}, path)
@@ -91,13 +77,7 @@ def write_detector(path: Path, **content) -> Path:
 
 
 def write_images_and_checkpoints_of_the_authors_format(folder: Path) -> Path:
-    """Write two images, VGG-19 weights, and checkpoints of RDN and two classifiers, in formats of the paper's authors.
-
-    One image is real, and the other image is fake. The images come from tests/golden/reference_outputs.npz. All weights
-    come from `load_fixed_pseudo_random_weights`.
-
-    Returns the folder.
-    """
+    """Write two images, VGG-19 weights, and checkpoints of RDN and two classifiers, in the formats of the authors."""
     rdn = load_fixed_pseudo_random_weights(RDN()).state_dict()
     torch.save(rdn, folder / "sr_bare.pth")
     torch.save({"state_dict": {f"module.{k}": v for k, v in rdn.items()}}, folder / "sr_module.pth.tar")

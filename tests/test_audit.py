@@ -11,10 +11,7 @@ from tools import audit
 
 @pytest.fixture
 def image_folders(tmp_path):
-    """Return a folder with six PNG images in real/ and six PNG images in fake/.
-
-    Each of the twelve images has a different colour.
-    """
+    """Return a folder with six PNG images in real/ and six PNG images in fake/."""
     for number, kind in enumerate(("real", "fake")):
         (tmp_path / kind).mkdir()
         for i in range(6):

@@ -14,15 +14,12 @@ TOLERANCES = {"fp32": 1e-4, "bf16": 1e-2}  # precision -> largest allowed value 
 
 
 def compute_logits(form: str, precision: str = "fp32") -> torch.Tensor:
-    """Compute logits, float (2, 2), of two images. `form` names the implementation of the networks, such as "plain"."""
+    """Compute logits, float (2, 2), of two images with the implementation `form` of the networks, such as "plain"."""
     return cases.prepare_scoring(TOY._replace(form=form, precision=precision))()
 
 
 def relative_error(logits: torch.Tensor, expected: torch.Tensor) -> float:
-    """Return the largest difference between `logits` and `expected`, divided by a reference difference.
-
-    The reference difference is the largest difference between the expected logits of the first and the second image.
-    """
+    """Return the largest error of `logits`, divided by the largest difference between the two rows of `expected`."""
     between_images = (expected[0] - expected[1]).abs().max()
     return ((logits - expected).abs().max() / between_images).item()
 

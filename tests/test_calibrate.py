@@ -24,10 +24,7 @@ SETTINGS = {"crop_size": 128, "resize": None, "crops": 9}
 
 
 def write_score_table(path, reals, fakes):
-    """Write a score table with one row per number in `reals` and `fakes`. Return the path of the score table.
-
-    In each row, logit_fake is the number in `reals` or `fakes`, and logit_real is 0.
-    """
+    """Write a score table with one row per value of logit_fake in `reals` and `fakes`, and return its path."""
     margins = np.concatenate([reals, fakes])
     items = [(f"{i}.png", REAL if i < len(reals) else FAKE, "") for i in range(len(margins))]
     write_table(path, make_rows_from_logits(items, np.stack([margins, np.zeros_like(margins)], axis=1)))
@@ -35,24 +32,22 @@ def write_score_table(path, reals, fakes):
 
 
 def draw_overconfident_logit_margins(n_real=300, n_fake=250):
-    """Return margins of real images and margins of fake images, for an overconfident detector.
+    """Return margins, logit_fake - logit_real, of real images and of fake images for an overconfident detector.
 
-    A margin is logit_fake - logit_real. Each image has a random number x, drawn from N(-1, 1) for a real image and
-    from N(1, 1) for a fake image. If both classes are equally frequent, a calibrated detector returns the margin 2 x.
-    The overconfident detector returns the margin 8 x instead of 2 x.
+    The margins of a calibrated detector would be four times smaller.
     """
     rng = np.random.default_rng(0)
     return 8 * rng.normal(-1, 1, n_real), 8 * rng.normal(1, 1, n_fake)
 
 
 def make_constant_last_layer_weights(value):
-    """Return the weights of the last layer of a classifier. All weights have the given value, and all biases are 0."""
+    """Return the last layer of a classifier, whose weights all have the given value and whose biases are 0."""
     return {"fc.weight": torch.full((2, 3), value), "fc.bias": torch.zeros(2)}
 
 
 @pytest.fixture
 def checkpoint_path(tmp_path):
-    """Write a checkpoint with the entries that tools.calibrate reads. Return the path of the checkpoint."""
+    """Write a checkpoint with the entries that tools.calibrate reads, and return its path."""
     config = {
         "classifier": {"name": "resnet18", "args": {}},
         "resynthesizer_fingerprint": "aaaa",
@@ -68,7 +63,7 @@ def checkpoint_path(tmp_path):
 
 @pytest.fixture
 def score_table_path(tmp_path):
-    """Write a score table of an overconfident detector. Return the path of the score table."""
+    """Write a score table of an overconfident detector, and return its path."""
     return write_score_table(tmp_path / "val.csv", *draw_overconfident_logit_margins())
 
 

@@ -38,7 +38,7 @@ PROGRAMS = {  # name of the program -> (main function, function that returns the
 
 
 def run_program_for_status_and_last_line(program, flags, capfd):
-    """Run a program in this process. Return the exit status and the last line on stderr."""
+    """Run a program in this process, and return the exit status and the last line on stderr."""
     main, parser, _ = PROGRAMS[program]
     args = parser().parse_args([*flags.split(), "--gpu", "cpu", "--workers", "0"])
     code = run_program(lambda: main(args))
@@ -120,7 +120,6 @@ class Malicious:
 @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
 @pytest.mark.parametrize("writer", ["torch", "pickle"])
 def test_a_checkpoint_that_runs_code_when_unpickled_is_refused(tmp_path, capfd, writer):
-    """test.py, train_sr.py and train_detector.py must refuse a checkpoint that would run code when it is unpickled."""
     path, folder = tmp_path / "evil.pth.tar", tmp_path / "made"
     content = {"state_dict": {"a": torch.zeros(1)}, "x": Malicious(folder)}
     torch.save(content, path) if writer == "torch" else path.write_bytes(pickle.dumps(content))
@@ -325,7 +324,7 @@ def test_without_internet_random_vgg_weights_are_used_only_for_training_from_scr
 
 @pytest.fixture(scope="module")
 def folder_with_mismatched_weights(tmp_path_factory, shrink_resnet18):
-    """Return a folder with images, detectors and weights files. Some weights files do not fit the detectors."""
+    """Return a folder with images, detectors, and weights files that partly do not fit the detectors."""
     root = tmp_path_factory.mktemp("mixture")
     torch.manual_seed(0)
     for name, model in (("rdn", RDN(**TINY)), ("other_rdn", RDN(**TINY)), ("rdn_x2", RDN(scale=2, **TINY))):
@@ -352,14 +351,12 @@ NEW = f"{IMAGES} --fixed-sr --no_dilation --arch resnet18 --vgg-weights random"
 LOADED = f"{IMAGES} --fixed-sr --vgg-weights auto"
 SR = "--train-file real --vgg-lambda 0 --patch-size 8"
 CASES = [
-    # The programs must refuse a flag that names a file without the required weights
     (f"{NEW} --sr-weights-file pixel.pth.tar", ["pixel.pth.tar", "is a checkpoint of a detector"]),
     (f"{LOADED} --init rdn.pth", ["rdn.pth"]),
     (f"{NEW} --idx-stages 2 --sr-weights-file rdn.pth --vgg-weights pixel.pth.tar", ["pixel.pth.tar", "vgg19"]),
     (f"{NEW} --sr-weights-file real/a.png", ["real/a.png", "no checkpoint"]),
     (f"{NEW} --sr-weights-file renamed_rdn.pth", ["1 missing: sfe2.weight", "1 unknown: sfe3.weight"]),
     (f"{SR} --resume pixel.pth.tar", ["pixel.pth.tar", "is a checkpoint of a detector"]),
-    # The programs must refuse a flag whose value contradicts a checkpoint or weights file
     (f"{NEW} --sr-weights-file rdn.pth --sr-scale 2", ["--sr-scale 2", "rdn.pth", "4"]),
     (f"{LOADED} --init pixel.pth.tar --sr-num-blocks 16", ["num_blocks", "16", "1"]),
     (f"{LOADED} --init pixel.pth.tar --idx-stages 2", ["--idx-stages 2", "pixel.pth.tar"]),
@@ -367,11 +364,8 @@ CASES = [
     (f"{LOADED} --init dilated.pth.tar --no_dilation", ["--no_dilation", "dilated.pth.tar"]),
     (f"{LOADED} --init pixel.pth.tar --input-channel 64", ["--input-channel", "64", "3"]),
     (f"{SR} --weights-file rdn.pth --scale 2", ["scale 2", "rdn.pth", "4"]),
-    # train_sr.py must refuse patches that are larger than an image
     (f"{SR} --patch-size 24", ["a.png", "64 x 64", "--patch-size"]),
-    # train_detector.py must refuse two flags whose values contradict each other
     (f"{NEW} --sr-weights-file rdn.pth --idx-stages 2 --input-channel 3", ["--input-channel", "128", "3"]),
-    # The programs must refuse RDN or VGG-19 weights with which the detector was not trained
     (f"{LOADED} --init pixel.pth.tar --sr-weights-file other_rdn.pth", ["--sr-weights-file", "other_rdn.pth"]),
     (f"{LOADED} --init pixel.pth.tar --sr-weights-file rdn_x2.pth", ["--sr-weights-file", "rdn_x2.pth"]),
     (f"{LOADED} --init stage2.pth.tar --vgg-weights other_vgg.pth", ["VGG-19", "other_vgg.pth"]),

@@ -1,7 +1,4 @@
-"""Tests that the programs give the same results on a GPU as on a CPU.
-
-On a machine without a GPU, all tests of this file are skipped.
-"""
+"""Tests that the programs give the same results on a GPU as on a CPU; without a GPU, the tests are skipped."""
 
 import numpy as np
 import pytest

@@ -1,8 +1,4 @@
-"""Tests of data.datasets: the order of batches, the positions of patches and crops, and the output of data loaders.
-
-In an image of `make_coordinate_image_array`, the first channel of a pixel is its row, and the second channel is its
-column. The tests compute the position of a crop in the image from the pixel values of the crop.
-"""
+"""Tests of data.datasets: the order of batches, the positions of patches and crops, and the output of data loaders."""
 
 import math
 import shutil
@@ -35,7 +31,7 @@ ON_CPU = Compute(CPU, "fp32")
 
 
 def list_image_indices_of_batches(batches, epoch=0, first_step=0):
-    """Return a list of the batches of an epoch. Each batch is a list of image indices."""
+    """Return the batches of an epoch as lists of image indices."""
     batches.set_epoch(epoch, first_step)
     listed = list(batches)
     assert len(batches) == len(listed) and all(key.epoch == epoch for batch in listed for key in batch)
@@ -43,18 +39,18 @@ def list_image_indices_of_batches(batches, epoch=0, first_step=0):
 
 
 def make_coordinate_image_array(height, width):
-    """Return an image, uint8 (H, W, 3). The three channels of a pixel are its row, its column and 0."""
+    """Return an image, uint8 (H, W, 3), in which the three channels of a pixel are its row, its column and 0."""
     rows, columns = np.mgrid[:height, :width]
     return np.stack([rows, columns, 0 * rows], axis=2).astype(np.uint8)
 
 
 def make_labelled_image_items(*paths, label=REAL):
-    """Return one `Item` object (path, label, generator) per path. Each object has the label `label`."""
+    """Return one `Item` object (path, label, generator) with the given label per path."""
     return [Item(path, label, "") for path in paths]
 
 
 def write_random_image(path, height, width, seed=0):
-    """Write an image with random pixels. Return the path of the image."""
+    """Write an image with random pixels, and return the path of the image."""
     return save_image(path, np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8))
 
 
@@ -106,10 +102,7 @@ def test_several_processes_together_get_each_image_of_a_batch_once(count, size):
 
 
 def locate_patch(patch):
-    """Return the position (row, column) of a patch's top left corner in the image, and its orientation (0 to 7).
-
-    Raises an error if the patch was not cut out of an image of `make_coordinate_image_array`.
-    """
+    """Return the position (row, column) of a patch's top left corner in the image, and its orientation (0 to 7)."""
     rows, columns = patch[0].astype(int), patch[1].astype(int)
     top, left, side = rows.min(), columns.min(), rows.shape[0]
     upright = make_coordinate_image_array(256, 256).transpose(2, 0, 1)[:2, top : top + side, left : left + side]
@@ -156,10 +149,7 @@ def test_a_patch_depends_only_on_seed_epoch_and_index(tmp_path):
 
 
 def locate_crop(sample):
-    """Return the position (row, column) of a crop's top left corner in the image, and whether the crop is mirrored.
-
-    The crop must be cut from an image of `make_coordinate_image_array`.
-    """
+    """Return the position (row, column) of a crop's top left corner in the image, and whether the crop is mirrored."""
     rows, columns = sample.x[0, 0].int(), sample.x[0, 1].int()
     return rows.min().item(), columns.min().item(), bool(columns[0, 0] > columns[0, -1])
 
@@ -175,7 +165,6 @@ def test_every_epoch_uses_all_fixed_crops_at_unchanged_positions(tmp_path):
         samples = {key.index: data[key] for key in keys}
         assert len(keys) == len(samples) == 12
         assert sorted(sample.item.path for sample in samples.values()) == sorted(paths * 4)
-        # at least one batch contains crops of several images
         assert (
             max(len({data.get_image_item_of_dataset_index(key.index).path for key in batch}) for batch in batches) > 1
         )
@@ -260,10 +249,7 @@ def test_a_batch_contains_the_readable_images_and_the_errors_of_unreadable_image
 def test_data_loader_workers_give_the_batches_of_the_main_process_with_and_without_shared_memory(
     dataset_of_readable_and_unreadable_patches, monkeypatch, free_bytes
 ):
-    """If no shared memory is free, the worker processes must send batches as NumPy arrays through a pipe.
-
-    A worker that fails to write a batch into full shared memory would make the main process wait forever.
-    """
+    """If no shared memory is free, the worker processes must send batches as NumPy arrays through a pipe."""
     alone = list(make_loader(dataset_of_readable_and_unreadable_patches, EpochBatchSampler(7, 4), 0, ON_CPU))
     if free_bytes is not None:
         usage = namedtuple("usage", "total used free")(10**8, 10**8 - free_bytes, free_bytes)
@@ -277,10 +263,7 @@ def test_data_loader_workers_give_the_batches_of_the_main_process_with_and_witho
 
 @pytest.fixture
 def dataset_of_square_and_unreadable_images(tmp_path):
-    """Return a dataset of seven images. Image 4 is unreadable.
-
-    The other images are squares with sides of 8, 8, 8, 16, 16 and 8 pixels.
-    """
+    """Return a dataset of squares with sides of 8, 8, 8, 16, 16 and 8 pixels, and an unreadable image at index 4."""
     paths = [
         save_image(tmp_path / f"{i}.png", make_coordinate_image_array(side, side))
         for i, side in enumerate([8, 8, 8, 16, 16, 8])

@@ -39,7 +39,6 @@ def test_the_colorization_task_draws_a_grey_fraction_per_batch_and_a_mask_per_im
         changed = (y != x).any(dim=1, keepdim=True).expand_as(x)
         torch.testing.assert_close(y[changed], grey[changed])
         per_image = changed[:, 0].float().mean(dim=(1, 2))
-        # Within a batch, the fraction of grey pixels per image varies with a standard deviation below 0.007
         assert per_image.max() - per_image.min() < 0.05
         assert not torch.equal(changed[0], changed[1])
         fractions.append(per_image.mean().item())
@@ -119,11 +118,10 @@ def test_augmentation_adds_noise_of_up_to_ten_grey_levels_and_compresses_patches
         degrade_patch(ramp, make_seeded_numpy_generator(seed), **{**NONE, "augment": True}) for seed in range(TRIALS)
     ]
     changed = [result for result in results if not torch.equal(result, ramp)]
-    # Half of the patches get noise, JPEG compression, or both
     assert len(changed) / TRIALS == pytest.approx(0.5, abs=0.055)
     # Pixel values times 255 are whole numbers after JPEG compression, but not after adding noise
     compressed = [torch.allclose(result * 255, (result * 255).round(), atol=1e-3) for result in changed]
-    # 29.3 % of all patches are compressed, and 50 % are changed. So 58.6 % of the changed patches are compressed
+    # 29.3 % of all patches are compressed, which is 58.6 % of the changed patches
     assert 0.5 < np.mean(compressed) < 0.68
     stds = [(y - ramp).std().item() * 255 for y, jpeg in zip(changed, compressed, strict=True) if not jpeg]
     assert min(stds) < 1

@@ -207,11 +207,7 @@ def test_load_refuses_an_argument_of_a_wrong_type_in_one_line(detector_file, arg
 
 
 def test_load_accepts_flag_names_of_test_py_as_option_names(tmp_path):
-    """`load` accepts `idx_stages` in place of the option `stage`, and `no_dilation=True` in place of `dilated=False`.
-
-    A checkpoint of the paper's authors does not store whether the ResNet is dilated. A ResNet with dilated convolutions
-    gives other scores than a ResNet without dilated convolutions.
-    """
+    """`load` accepts `idx_stages` in place of `stage`, and `no_dilation=True` in place of `dilated=False`."""
     folder = write_images_and_checkpoints_of_the_authors_format(tmp_path)
     files = {"checkpoint": str(folder / "pixel.pth.tar"), "resynthesizer": str(folder / "sr_bare.pth"), "device": "cpu"}
     image = str(folder / "real" / "0.png")

@@ -1,4 +1,4 @@
-"""Tests that each program keeps its tensors on one device. pretend_cuda.py simulates a GPU on a CPU."""
+"""Tests that each program keeps its tensors on one device, with a GPU that pretend_cuda.py simulates."""
 
 import pytest
 import torch
@@ -32,10 +32,7 @@ def replace_cpu_argument_by_gpu_number(arguments):
 
 @pytest.fixture(scope="module")
 def detector_file(training_files, tmp_path_factory, shrink_resnet18):
-    """Train a small detector on the CPU for one epoch. Return the path of the checkpoint.
-
-    The detector classifies residuals of VGG-19 features of stage 1.
-    """
+    """Train a small detector with VGG-19 features on the CPU for one epoch, and return the path of its checkpoint."""
     folder = tmp_path_factory.mktemp("detector")
     run_training(make_arguments_of_train_detector(training_files, folder, "--fixed-sr --idx-stages 1 --epochs 1"))
     return folder / "last.pth.tar"

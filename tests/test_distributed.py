@@ -21,7 +21,7 @@ LAUNCHER = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
 def set_torchrun_variables(monkeypatch, text):
-    """Delete the environment variables of torchrun. Set the variables in `text`, such as "RANK=1 WORLD_SIZE=2"."""
+    """Replace the environment variables of torchrun by the variables in `text`, such as "RANK=1 WORLD_SIZE=2"."""
     for name in LAUNCHER:
         monkeypatch.delenv(name, raising=False)
     for word in text.split():
@@ -70,12 +70,7 @@ def test_a_program_with_a_rank_but_no_world_size_ends_with_an_error(program):
 
 
 def test_a_process_with_rank_1_waits_before_it_prints_an_error_and_rank_0_does_not(monkeypatch, capfd):
-    """The process with rank 1 waits before it prints an error.
-
-    During the wait, torchrun ends the process with rank 1 if the process with rank 0 has failed.
-
-    If both processes fail with the same error, only the process with rank 0 prints this error.
-    """
+    """Torchrun ends the waiting process with rank 1, so an error of both processes is printed only once."""
     waits = []
     monkeypatch.setattr(time, "sleep", waits.append)
 
@@ -100,10 +95,6 @@ def test_an_error_in_both_processes_of_torchrun_is_printed_once(tmp_path):
 
 
 def test_two_torchrun_processes_train_until_sigterm_and_write_the_same_scores_as_one_process(training_files, tmp_path):
-    """Two processes train a detector until torchrun gets SIGTERM.
-
-    For the trained detector, test.py writes the same score table in two processes as in one process.
-    """
     train = [str(ROOT / "train_detector.py"), *COMMON.split(), "--arch", "resnet18", "--no_dilation", "--fixed-sr"]
     train += [
         "--data-root-pos",

@@ -25,7 +25,7 @@ PARSED_ELSEWHERE = {"--nnodes", "--nproc_per_node", "--rdzv-backend", "--rdzv-en
 
 
 def read_document(document: str) -> str:
-    """Return the text of a document. The path is relative to the project folder."""
+    """Return the text of a document, whose path is relative to the project folder."""
     return (ROOT / document).read_text(encoding="utf-8")
 
 
@@ -41,11 +41,7 @@ def commands_of_document(document: str) -> list[list[str]]:
 
 
 def collect_flags_of_programs_and_tools() -> set[str]:
-    """Return all flags that a document may mention.
-
-    These are the flags of train_sr.py, train_detector.py, test.py and torchrun, and all flags that occur in the source
-    code in the folders tools, benchmarks, results and utils.
-    """
+    """Return the flags of the programs and of torchrun, and all flags in tools, benchmarks, results and utils."""
     flags = set(PARSED_ELSEWHERE)
     for make_parser in PROGRAMS.values():
         flags.update(make_parser()._option_string_actions)

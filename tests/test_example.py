@@ -1,7 +1,4 @@
-"""Tests of tools.example, which makes example images, and fake copies (twins) of photographs.
-
-A photograph is reduced and up-sampled, or passed through an autoencoder, to make its fake copy.
-"""
+"""Tests of tools.example, which makes example images, and fake copies (twins) of photographs."""
 
 import io
 import json
@@ -218,7 +215,7 @@ def test_the_autoencoder_has_the_weight_names_and_shapes_of_taef2():
 
 
 def write_autoencoder_weights(folder):
-    """Write random weights of an autoencoder to encoder.pth and decoder.pth. Return the paths of the two files."""
+    """Write random weights of an autoencoder to encoder.pth and decoder.pth, and return both paths."""
     torch.manual_seed(0)
     model = Autoencoder()
     for name in ("encoder", "decoder"):
@@ -248,10 +245,7 @@ def test_the_tiles_of_the_autoencoder_cover_the_image_without_gaps():
 
 @pytest.fixture
 def photograph_folder(tmp_path):
-    """Return a folder of simulated photographs in several file formats.
-
-    The sides of some photographs are not multiples of 8 pixels.
-    """
+    """Return a folder of simulated photographs in several file formats and sizes."""
     folder = tmp_path / "photographs"
     (folder / "below").mkdir(parents=True)
     scene = Image.fromarray(draw_scene(64, seeded_generator(1)))

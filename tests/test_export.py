@@ -1,6 +1,6 @@
 """Tests of tools.export, which converts a detector to an ONNX, torch.export or safetensors file.
 
-A graph is an ONNX file or a file of torch.export. A bundle is one safetensors file with the weights of all networks.
+A graph is an ONNX or torch.export file, and a bundle is one safetensors file with the weights of all networks.
 """
 
 import dataclasses
@@ -47,7 +47,7 @@ def write_rdn_weights(path, scale=4):
 
 
 def write_detector(path, rdn=None, images=None, calibration=CALIBRATION, **options):
-    """Write a detector in the checkpoint format of train_detector.py. Return the path of the checkpoint."""
+    """Write a detector in the checkpoint format of train_detector.py, and return its path."""
     torch.manual_seed(0)
     detector, config = build.create_detector(
         checkpoints.read_checkpoint_if_path_is_given(rdn), {"arch": "resnet18", **options}, "random"
@@ -87,11 +87,7 @@ def exported_detector_folder(shrink_resnet18, tmp_path_factory):
 
 
 def require_graph_gives_detector_outputs(path, detector, *sizes):
-    """Require that an exported graph gives the same logits and the same P(fake) as the detector.
-
-    Args:
-        sizes: shapes (B, 3, H, W) of batches of random images.
-    """
+    """Require that a graph gives the logits and P(fake) of the detector for random images of shapes (B, 3, H, W)."""
     run, _ = graph.load_graph(path.read_bytes())
     for size in sizes:
         x = random_images(*size)
@@ -120,10 +116,7 @@ def test_a_graph_with_vgg_features_gives_the_logits_of_the_detector(exported_det
 
 @pytest.fixture(scope="module")
 def exported_crop_detector_folder(exported_detector_folder):
-    """Return a folder with a detector in two formats: mine.pth.tar and detector.onnx.
-
-    The detector scores crops of 128 x 128 pixels.
-    """
+    """Return a folder with a detector on crops of 128 x 128 pixels: mine.pth.tar and detector.onnx."""
     folder = exported_detector_folder / "crops"
     folder.mkdir()
     path = write_detector(
@@ -156,10 +149,7 @@ def test_the_documented_mean_over_crops_equals_the_score_of_the_detector(exporte
 
 
 def test_replacing_batch_norms_by_plain_batch_norms_does_not_change_the_logits(exported_detector_folder):
-    """tools.graph replaces each batch norm by a `PlainBatchNorm`, which computes x * scale + shift.
-
-    PyTorch 2.6 with onnxscript 0.7 cannot convert batch norms to ONNX.
-    """
+    """PyTorch 2.6 with onnxscript 0.7 cannot convert batch norms to ONNX, so tools.graph replaces each batch norm."""
     network = load(exported_detector_folder / "mine.pth.tar", device="cpu").network
     plain = graph.copy_network_with_plain_batch_norms(network)
     assert not [module for module in plain.modules() if isinstance(module, nn.BatchNorm2d)]

@@ -27,7 +27,7 @@ BASE = "--gpu cpu --workers 0 --vgg-weights random"
 
 
 def load_example_module(name):
-    """Run the code block of docs/extending.md whose first line is "# models/NAME.py". Return the code as a module."""
+    """Run the code block of docs/extending.md that begins with "# models/NAME.py", and return it as a module."""
     for code in re.findall(r"```python\n(.*?)```", DOCUMENT, re.DOTALL):
         if code.startswith(f"# models/{name}.py"):
             module = types.ModuleType(name)
@@ -45,7 +45,7 @@ def add_documented_networks(monkeypatch):
 
 
 def train_documented_super_resolution_network(files, out):
-    """Train SmallSR, the example re-synthesizer in docs/extending.md. Return the path of the trained weights."""
+    """Train SmallSR, the example re-synthesizer in docs/extending.md, and return the path of its weights."""
     flags = f"{BASE} --sr-arch small_sr --sr-args width=5 --num-epochs 1 --patch-size 8 --batch-size 4 --vgg-lambda 0"
     run_training(["--train-file", f"{files}/real", "--outputs-dir", str(out), *flags.split()])
     return out / "x4/last.pth"

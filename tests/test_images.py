@@ -48,7 +48,7 @@ def exif_with_orientation(orientation):
 
 
 def png_bytes(*chunks):
-    """Return the bytes of a PNG file. Each of the given chunks is a pair (name, content)."""
+    """Return the bytes of a PNG file with the given chunks, which are pairs (name, content)."""
     parts = [struct.pack(">I", len(c)) + n + c + struct.pack(">I", zlib.crc32(n + c)) for n, c in chunks]
     return b"\x89PNG\r\n\x1a\n" + b"".join(parts) + bytes(4) + b"IEND\xaeB`\x82"
 
@@ -64,10 +64,7 @@ def png_pixel_chunk(content):
 
 
 def encode_image(form, image=None, **options):
-    """Return the bytes of an image file in the given format.
-
-    If `image` is None, the file contains 64 x 64 random pixels.
-    """
+    """Return the bytes of an image file in the given format, by default with 64 x 64 random pixels."""
     stream = io.BytesIO()
     if image is None:
         image = Image.fromarray(random_rgb_pixels(64, 64))
@@ -308,11 +305,7 @@ def encode_images_in_six_formats():
 
 
 def damage_random_bytes(data, rng):
-    """Change 1 to 5 random bytes of an image file, and return the damaged file as bytes.
-
-    With probability 1/2, all changed bytes are among the first 64 bytes. With probability 0.1, 20 bytes are inserted.
-    With probability 0.2, the end of the file is removed.
-    """
+    """Change, insert and remove random bytes of an image file, and return the damaged file as bytes."""
     data = np.frombuffer(data, np.uint8).copy()
     positions = rng.integers(len(data) if rng.random() < 0.5 else 64, size=rng.integers(1, 6))
     data[positions] = rng.integers(256, size=len(positions))
@@ -355,10 +348,7 @@ def make_coordinate_image_tensor(height, width):
 
 
 def locate_crop(image):
-    """Return the row and the column of a crop's top left corner in the image.
-
-    The crop must be cut from an image of `make_coordinate_image_tensor`.
-    """
+    """Return the row and the column of a crop's top left corner in the image."""
     return image[:2, 0, 0].tolist()
 
 

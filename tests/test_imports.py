@@ -1,7 +1,6 @@
 """Tests that a package imports only packages of lower levels.
 
-The levels from top to bottom are: programs and tools; evaluation; data and models; utils. The tests read the import
-statements in the source files.
+The levels from top to bottom are: programs and tools; evaluation; data and models; utils.
 """
 
 import ast
@@ -24,7 +23,7 @@ MAY_IMPORT = {
 
 
 def map_module_names_to_files() -> dict[str, Path]:
-    """Return a dict from module name to source file. The dict does not contain tests and benchmarks."""
+    """Return a dict from module name to source file, without tests and benchmarks."""
     files = [ROOT / f"{name}.py" for name in PROGRAMS]
     for package in PACKAGES:
         files += sorted((ROOT / package).glob("*.py"))
@@ -62,7 +61,6 @@ def test_a_module_imports_only_from_its_own_and_lower_packages(module):
 
 def test_the_modules_have_no_import_cycle():
     imports = map_modules_to_imported_project_modules()
-    # `from evaluation import metrics` is listed as an import of evaluation and of evaluation.metrics.
     # Imports of whole packages are removed, because evaluation/__init__.py imports modules of its own package
     for package in PACKAGES:
         for others in imports.values():

@@ -28,7 +28,7 @@ COUNT = 20  # images per class
 
 
 def random_picture(seed, size=(96, 96)):
-    """Return a random image that is smooth except for some noise. Each seed gives a different image."""
+    """Return a random image that is smooth except for some noise."""
     rng = np.random.default_rng(seed)
     smooth = Image.fromarray(rng.integers(0, 256, (6, 6, 3), np.uint8)).resize(size, Image.Resampling.BICUBIC)
     noise = rng.normal(0, 3, (size[1], size[0], 3))
@@ -36,10 +36,7 @@ def random_picture(seed, size=(96, 96)):
 
 
 def write_pictures(folder, start, suffix=".png", count=COUNT, sizes=((96, 96),), mode="RGB", **options):
-    """Write `count` different images into a folder, and return the folder.
-
-    The random seeds of the images are `start`, `start` + 1, and so on. The file name of an image is its seed.
-    """
+    """Write `count` different images into a folder, under their numbers from `start`, and return the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     for i in range(count):
         image = random_picture(start + i, sizes[i % len(sizes)]).convert(mode)
@@ -54,7 +51,7 @@ def real_and_fake_paths(tmp_path):
 
 
 def audit_folders(real, fake, **options):
-    """Search a folder of real images and a folder of fake images for leaks. Return the result of `audit_images`."""
+    """Return the result of `audit_images` for a folder of real images and a folder of fake images."""
     return audit_images(list_labelled_images_in_folders([str(real)], [str(fake)]), **options)
 
 
@@ -127,16 +124,13 @@ def test_a_leak_in_the_validation_images_is_found(real_and_fake_paths, tmp_path)
 
 
 def make_file_objects_of_given_sizes(reals, fakes):
-    """Return one `File` object for each image size in `reals` and in `fakes`.
-
-    The dict `attributes` of a `File` object contains only the entry "size".
-    """
+    """Return one `File` object for each image size in `reals` and in `fakes`."""
     pairs = [(REAL, value) for value in reals] + [(FAKE, value) for value in fakes]
     return [File(Item("", label, ""), "train", attributes={"size": str(value)}) for label, value in pairs]
 
 
 def find_severity_of_size_difference(reals, fakes):
-    """Compare the sizes of real and fake images. Return the severity of the finding, or None without a finding."""
+    """Return the severity of the size difference between real and fake images, or None without a finding."""
     finding = compare_attribute_of_real_and_fake(make_file_objects_of_given_sizes(reals, fakes), "size", "train")
     return finding and finding.severity
 
@@ -226,7 +220,7 @@ def test_a_quick_audit_logs_one_summary_line_and_one_warning_per_leak(
     with caplog.at_level("INFO"):
         run_and_log_quick_leak_audit(*sets)
     assert [record.levelname for record in caplog.records] == ["INFO"] + ["WARNING"] * len(leaks)
-    assert all(f'LEAK from the check "{leak}' in caplog.text for leak in leaks)
+    assert all(f'leak audit, check "{leak}' in caplog.text and ": LEAK: " in caplog.text for leak in leaks)
     assert all("\n" not in record.getMessage() for record in caplog.records)
 
 

@@ -1,7 +1,4 @@
-"""Tests of data.lists, which lists images from folders, folder trees, CSV tables and text files.
-
-A folder tree contains class folders, such as 0_real and 1_fake, at any depth.
-"""
+"""Tests of data.lists, which lists images from folders, folder trees, CSV tables and text files."""
 
 import csv
 import logging

@@ -14,10 +14,7 @@ def random_scores(seed, n_real=40, n_fake=30, levels=None):
     """Return random scores of real and fake images, and a bool array that is True for fake images.
 
     Args:
-        seed: seed of the random numbers.
-        n_real: number of real images.
-        n_fake: number of fake images.
-        levels: the scores are rounded to multiples of 1 / levels, so that many scores are equal. None: no rounding.
+        levels: the scores are rounded to multiples of 1 / levels, so that many scores are equal.
     """
     rng = np.random.default_rng(seed)
     is_fake = rng.permutation(n_real + n_fake) >= n_real
@@ -34,10 +31,7 @@ def write_and_read_score_table(tmp_path, rows):
 
 
 def make_score_rows(margins, label, generator=""):
-    """Return one row of a score table for each number in `margins`. All rows have the given label.
-
-    In each row, logit_fake is the number in `margins`, and logit_real is 0.
-    """
+    """Return one row of a score table with the given label for each value of logit_fake in `margins`."""
     items = [(f"{label}{i}.png", label, generator) for i in range(len(margins))]
     return make_rows_from_logits(items, [(margin, 0) for margin in margins])
 
@@ -49,10 +43,7 @@ def auroc_by_pairs(scores, is_fake):
 
 
 def fpr_tpr_and_precision_by_threshold(scores, is_fake):
-    """Compute the false positive rate, the true positive rate and the precision at each threshold.
-
-    The thresholds are the scores in descending order.
-    """
+    """Compute the false positive rate, the true positive rate and the precision, with each score as a threshold."""
     points = []
     for threshold in np.unique(scores)[::-1]:
         called_fake = scores >= threshold
@@ -61,11 +52,7 @@ def fpr_tpr_and_precision_by_threshold(scores, is_fake):
 
 
 def average_precision_summed_over_thresholds(scores, is_fake):
-    """Compute the average precision as a sum over all thresholds.
-
-    The term of a threshold is its precision, multiplied by the increase of the true positive rate since the threshold
-    before.
-    """
+    """Compute the average precision as the sum over thresholds of precision times true positive rate increase."""
     _, tpr, precision = fpr_tpr_and_precision_by_threshold(scores, is_fake)
     return (np.diff(tpr, prepend=0) * precision).sum()
 

@@ -30,21 +30,21 @@ def folder_with_detector_and_images(tmp_path_factory, shrink_resnet18):
 
 
 def run_program_for_status_and_last_line(main, parser, flags, capfd):
-    """Run a program in this process. Return the exit status and the last line on stderr."""
+    """Run a program in this process, and return the exit status and the last line on stderr."""
     args = parser().parse_args([*flags.split(), "--gpu", "cpu", "--workers", "0"])
     code = run_program(lambda: main(args))
     return code, (capfd.readouterr().err.splitlines() or [""])[-1]
 
 
 def run_test_py_with_checkpoint(checkpoint, files, capfd):
-    """Score an image with test.py and the given checkpoint. Return the exit status and the last line on stderr."""
+    """Return the exit status and the last line on stderr of test.py with the given checkpoint."""
     return run_program_for_status_and_last_line(
         tester.main, options.create_test_parser, f"--resume {checkpoint} --input {files}/real/a.png", capfd
     )
 
 
 def run_train_detector_resuming_checkpoint(checkpoint, files, capfd):
-    """Resume a checkpoint with train_detector.py. Return the exit status and the last line on stderr."""
+    """Return the exit status and the last line on stderr of train_detector.py that resumes a checkpoint."""
     flags = f"--data-root-pos {files}/real --data-root-neg {files}/fake --fixed-sr --epochs 1 --batch-size 2"
     flags = f"{flags} --vgg-weights random --resume {checkpoint} --output-path {checkpoint.parent}/out"
     return run_program_for_status_and_last_line(train_detector.main, options.create_train_detector_parser, flags, capfd)

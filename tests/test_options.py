@@ -19,7 +19,6 @@ PARSERS = {
 }
 
 # RELEASED_SR and RELEASED_DETECTOR contain all flags of the programs of the paper's authors.
-# If `-a` and `--arch` are both given, the last value is used.
 RELEASED_SR = """--train-file l.txt --eval-file e.txt --outputs-dir o --weights-file w --num-features 8 --growth-rate 8
  --num-blocks 2 --num-layers 2 --scale 3 --patch-size 12 --lr 1e-3 --lr-decay 0.5 --lr-decay-epoch 10 --batch-size 4
  --num-epochs 5 --num-save 2 --num-workers 1 --gpu-id 0 --seed 1 --vgg-lambda 0.1 --augment --completion
@@ -44,7 +43,7 @@ def list_parser_options_without_ignored_flags(program):
 
 
 def error_line_of_parser(program, arguments, capsys):
-    """Parse arguments that the parser must refuse with exit status 2. Return the error line."""
+    """Return the error line for arguments that the parser must refuse with exit status 2."""
     with pytest.raises(SystemExit) as stopped:
         PARSERS[program]().parse_args(arguments)
     assert stopped.value.code == 2

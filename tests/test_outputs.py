@@ -138,7 +138,6 @@ def test_a_user_file_at_the_output_path_of_a_later_perturbation_is_refused_befor
 
 
 def test_a_killed_run_of_test_py_that_has_not_written_its_json_file_is_resumed(detector_file, image_folder, tmp_path):
-    """This test imitates a run of test.py that was killed after it had written p.npy, and before it wrote p.json."""
     words = [str(a) for a in make_arguments_of_test_py(detector_file, image_folder, tmp_path / "p")]
     assert (
         wait_for_exit(
@@ -388,7 +387,7 @@ def test_residual_pictures_show_the_crops_that_were_scored(tmp_path, shrink_resn
     (picture,) = (tmp_path / "pictures").rglob("*.residual.png")
     with Image.open(picture) as opened:
         width, height = opened.size
-    # The figure has 160 dots per inch. Each image is 3.4 inches wide. Title and margin are together 0.4 inches high
+    # At 160 dots per inch, each image is 3.4 inches wide, and title and margin are together 0.4 inches high
     expected = 160 * (3.4 * (16 * rows) / (16 * columns) + 0.4)
     assert abs(height - expected) <= 2
     assert width == 11 * 160

@@ -1,4 +1,4 @@
-"""Tests of data.perturbations. Many tests measure the strength of a perturbation in the perturbed image."""
+"""Tests of data.perturbations, many of which measure the strength of a perturbation in the perturbed image."""
 
 import io
 from collections import Counter
@@ -34,7 +34,7 @@ def random_images(count, height=16, width=16):
 
 
 def grey_image(side=128):
-    """Return a square grey image. All pixel values are 128."""
+    """Return a square image whose pixel values are all 128."""
     return torch.full((3, side, side), 128, dtype=torch.uint8)
 
 
@@ -47,10 +47,7 @@ def image_with_red_and_green_ramps(height=256, width=256):
 
 
 def blur_with_numpy(image, kernel_size, sigma):
-    """Blur an image with a two-dimensional Gaussian kernel, and return float (3, H, W).
-
-    The image is padded by reflection without repeating the border pixels.
-    """
+    """Blur an image, padded by reflection, with a two-dimensional Gaussian kernel, and return float (3, H, W)."""
     radius = kernel_size // 2
     kernel = np.exp(-(np.arange(-radius, radius + 1) ** 2) / (2 * sigma**2))
     kernel /= kernel.sum()
@@ -67,11 +64,7 @@ def compress_and_decode_jpeg_with_pillow(image, quality):
 
 
 def measure_fractions_cropped_at_borders(result, channel):
-    """Measure how much of `image_with_red_and_green_ramps` was cropped away.
-
-    Args:
-        result: the image after it was cropped and enlarged.
-        channel: 0 measures the width in the red ramp, and 1 measures the height in the green ramp.
+    """Measure how much of the width (channel 0) or height (1) of `image_with_red_and_green_ramps` was cropped away.
 
     Returns three fractions: cropped in total, cropped at the left or top, and cropped at the right or bottom.
     """
@@ -82,10 +75,7 @@ def measure_fractions_cropped_at_borders(result, channel):
 
 
 def recognise_perturbation(image, result):
-    """Find out which perturbation of Frank et al. has changed a random image into `result`.
-
-    Returns the name and the strength of the perturbation. Only blur and JPEG have a strength other than None.
-    """
+    """Return name and strength of the perturbation of Frank et al. that has changed a random image into `result`."""
     if torch.equal(image, result):
         return "none", None
     if (image.double() - result.double()).std() < 6:

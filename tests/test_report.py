@@ -1,7 +1,4 @@
-"""Tests of tools.report, which writes HTML pages and Markdown tables from score tables.
-
-A study file is a CSV file that assigns score tables to the cells of a table of results.
-"""
+"""Tests of tools.report, which writes HTML pages and Markdown tables from score tables."""
 
 import base64
 import io
@@ -40,12 +37,7 @@ def make_score_rows(shift=2.0, n=30, generators=("ProGAN", "StyleGAN")):
 
 
 def write_score_table(folder, name, table_rows, **record):
-    """Write a score table, and return the path of the table.
-
-    Args:
-        record: entries of NAME.json, which describes the score table NAME.csv. If `record` is empty, the function
-            does not write NAME.json.
-    """
+    """Write a score table NAME.csv, and NAME.json if `record` has entries, and return the path of the table."""
     folder.mkdir(parents=True, exist_ok=True)
     write_table(folder / f"{name}.csv", table_rows)
     if record:
@@ -54,10 +46,7 @@ def write_score_table(folder, name, table_rows, **record):
 
 
 class Page(HTMLParser):
-    """A parsed HTML page with its tags, attributes, text and pictures.
-
-    Parsing fails if a picture is not embedded in the page.
-    """
+    """A parsed HTML page with its tags, attributes, text and pictures, all of which must be embedded."""
 
     def __init__(self, path):
         super().__init__()
@@ -79,7 +68,7 @@ class Page(HTMLParser):
 
 
 def write_and_parse_page(tables, out, residuals=None, resamples=0):
-    """Write an HTML report page about score tables. Return the parsed page."""
+    """Write an HTML report page about score tables, and return the parsed page."""
     return Page(report_page.write_report_page(report_page.load_score_tables(tables, resamples), out, residuals))
 
 
@@ -212,7 +201,7 @@ def test_tools_report_refuses_wrong_arguments_before_it_writes_a_page(tmp_path):
 
 
 def split_markdown_table_into_cells(markdown):
-    """Split a Markdown table into a list of rows. Each row is a list of cells. The first row is the heading."""
+    """Split a Markdown table into a list of rows of cells, beginning with the heading."""
     heading, line, *body = [[cell.strip() for cell in row.strip("|").split("|")] for row in markdown.splitlines()]
     assert len(line) == len(heading) and set("".join(line)) == set("-:")
     return [heading, *body]

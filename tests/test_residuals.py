@@ -158,10 +158,7 @@ CONFIG = {
 def create_residual_cache_folder(
     root, policy=WHOLE_IMAGES, precision="fp32", features_fingerprint="b", code=(), **changed_config
 ):
-    """Create the folder for the cached residuals of a detector, and return the path of the folder.
-
-    `changed_config` replaces entries of CONFIG, which describes the detector.
-    """
+    """Create the folder for the cached residuals of a detector, and return the path of the folder."""
     config = {**CONFIG, **changed_config}
     key = residual_cache_key(config, features_fingerprint, code, policy, Compute(CPU, precision))
     return create_cache_folder(root, key)
@@ -253,11 +250,7 @@ def test_each_cached_residual_is_computed_once_and_equals_the_residual_of_the_de
 
 @pytest.mark.parametrize("flags", ["--idx-stages 2", "--crop-size 40 --crops-per-image 2"])
 def test_a_training_with_the_cache_has_the_losses_of_a_training_without_the_cache(training_files, tmp_path, flags):
-    """A training with the residual cache and a training without the cache must have exactly equal losses.
-
-    The residuals in a cache are computed one at a time. With --micro-batch 1, the training without the cache also
-    computes one residual at a time, so its rounding errors are the same.
-    """
+    """With --micro-batch 1, rounding errors are as in the cache, whose residuals are computed one at a time."""
     flags = f"--fixed-sr --epochs 2 VALIDATE {flags}"
     run_training(
         make_arguments_of_train_detector(training_files, tmp_path / "without", f"{flags} --no-cache --micro-batch 1")

@@ -44,7 +44,7 @@ pytestmark = pytest.mark.usefixtures("shrink_resnet18")
 
 SAVE_EVERY_STEP = ["--save-minutes", "0"]
 AUTO = ["--resume", "auto"]
-# name of the training -> (program, function that returns the command line, last checkpoint, additional flags)
+# training -> (program, function that returns the command line, last checkpoint, additional flags)
 TRAININGS = {
     "super-resolution": (
         "train_sr.py",
@@ -78,7 +78,7 @@ TRAININGS = {
 
 @pytest.fixture(scope="module")
 def make_training_arguments(training_files):
-    """Return a function that makes a command line from the name of a training. The names are the keys of TRAININGS."""
+    """Return a function that makes the command line of a training in TRAININGS."""
 
     def make_training_command_line_by_name(name, out, *flags):
         _, make_arguments, _, own_flags = TRAININGS[name]
@@ -102,10 +102,7 @@ def run_training_without_interruption(make_training_arguments, tmp_path_factory)
 
 @pytest.fixture
 def resume_and_require_equal_results(make_training_arguments, run_training_without_interruption):
-    """Return a function that resumes an interrupted training.
-
-    The test fails if the resumed training and an uninterrupted training have different checkpoints or statistics.
-    """
+    """Return a function that resumes a training, and requires the files of an uninterrupted training."""
 
     def resume_and_require_equal_files(name, out, *flags):
         run_training(make_training_arguments(name, out, *AUTO, *flags))
@@ -143,7 +140,6 @@ def resume_and_require_equal_results(make_training_arguments, run_training_witho
 def test_a_killed_training_that_is_resumed_gives_the_files_of_an_uninterrupted_training(
     make_training_arguments, resume_and_require_equal_results, tmp_path, name, workers, accident
 ):
-    """SIGKILL ends the training in a training step, while a checkpoint is written, or while residuals are computed."""
     program, _, last, _ = TRAININGS[name]
     out, log, flags = tmp_path / "out", tmp_path / "log", ["--workers", str(workers)]
     process = start_program(program, make_training_arguments(name, out, *flags, *SAVE_EVERY_STEP), log, accident)
@@ -178,10 +174,7 @@ def test_a_training_killed_while_it_saves_the_checkpoints_of_its_first_epoch_can
 def test_a_training_stopped_by_a_signal_saves_its_state_and_can_be_resumed(
     make_training_arguments, resume_and_require_equal_results, tmp_path, name, workers, description, number
 ):
-    """The training is stopped by a signal, resumed, stopped again, and resumed again.
-
-    The worker processes of the data loader also get the signal.
-    """
+    """The training is stopped by a signal, resumed, stopped again, and resumed again."""
     program, _, last, _ = TRAININGS[name]
     out = tmp_path / "out"
     for at in (1, 2):
@@ -203,10 +196,6 @@ def test_a_training_stopped_by_a_signal_saves_its_state_and_can_be_resumed(
 
 
 def test_the_flag_resume_auto_uses_the_init_checkpoint_only_if_no_run_exists(training_files, tmp_path):
-    """If the output folder contains a run to resume, --resume auto has priority over --init.
-
-    The fine-tuning scripts pass --init and --resume auto.
-    """
     run_training(make_arguments_of_train_detector(training_files, tmp_path / "first", "--fixed-sr --epochs 1 --lr 0"))
     flags = f"--mode-sr none --lw-sr 0 --lr 0 --init {tmp_path}/first/last.pth.tar --resume auto --epochs"
     for epochs in (1, 2):
@@ -307,10 +296,7 @@ def test_the_error_for_a_truncated_last_checkpoint_names_the_newest_numbered_che
 def test_a_second_training_in_the_output_folder_of_a_running_training_is_refused(
     make_training_arguments, tmp_path, capfd, name
 ):
-    """A second training must write no file into the output folder of a running training.
-
-    After the running training is killed, a new training can use the output folder.
-    """
+    """After the running training is killed, a new training can use the output folder."""
     folder = (tmp_path / TRAININGS[name][2]).parent
     folder.mkdir(exist_ok=True)
     with hold_lock_in_process(folder / ".lock") as kill:
@@ -368,11 +354,7 @@ def test_a_resumed_training_reports_that_changed_images_are_read_in_another_orde
 
 
 def validation_folders(folder, files):
-    """Return a dict with two folders of images for the flag --eval-file of train_sr.py.
-
-    All pixels of an image in the folder "easy" have the same grey level. An image in the folder "hard" consists of
-    squares of random colours.
-    """
+    """Return a dict with a folder of evenly grey images ("easy") and of randomly coloured images ("hard")."""
     (folder / "easy").mkdir()
     for i in range(3):
         save_image(folder / f"easy/{i}.png", torch.full((64, 64, 3), 60 * i, dtype=torch.uint8).numpy())
@@ -380,10 +362,7 @@ def validation_folders(folder, files):
 
 
 def test_changed_evaluation_images_of_train_sr_reset_the_best_score(training_files, tmp_path, caplog):
-    """The first epoch is scored on easy images, and all later epochs are scored on hard images.
-
-    When the images in --eval-file change, train_sr.py must forget the best score, which hard images cannot reach.
-    """
+    """train_sr.py must forget the best score on easy images, which no later epoch can reach on hard images."""
     lists = validation_folders(tmp_path, training_files)
     flags = "--vgg-lambda 0 --num-save 1 --resume auto --eval-file"
     run_training(
@@ -436,10 +415,7 @@ def test_the_weights_of_the_best_epoch_are_kept_if_no_numbered_file_is_written_f
 
 
 def test_a_black_evaluation_image_does_not_make_the_first_epoch_the_best(training_files, tmp_path):
-    """A network can enlarge a black image exactly, so train_sr.py must replace an infinite PSNR by a finite value.
-
-    With the learning rate of this test, the first epoch does not have the best PSNR.
-    """
+    """A network can enlarge a black image exactly, so train_sr.py must replace an infinite PSNR by a finite value."""
     images = Path(shutil.copytree(training_files / "real", tmp_path / "real"))
     save_image(images / "black.png", torch.zeros(64, 64, 3, dtype=torch.uint8).numpy())
     flags = f"--num-epochs 4 --eval-file {images} --vgg-lambda 0 --num-save 1"
@@ -457,10 +433,7 @@ def test_a_black_evaluation_image_does_not_make_the_first_epoch_the_best(trainin
 def test_training_on_a_damaged_image_ends_with_one_error_line_and_can_be_resumed(
     training_files, tmp_path, capfd, flags, workers
 ):
-    """The error line names the damaged image.
-
-    After the image is repaired, the resumed training must write the same last checkpoint as an uninterrupted training.
-    """
+    """After the image is repaired, the resumed training must write the last checkpoint of an undisturbed training."""
     images = Path(shutil.copytree(training_files, tmp_path / "files"))
     flags = f"{flags} --epochs 2 --batch-size 5 --workers {workers}"
     run_training(make_arguments_of_train_detector(images, tmp_path / "expected", flags))
@@ -504,10 +477,9 @@ def test_a_damaged_image_left_out_by_skip_bad_is_reported_once_and_counted_in_ea
 
 @pytest.fixture
 def folder_with_damaged_last_batch_image(tmp_path, write_real_and_fake_images, training_files):
-    """Return a folder with ten images of 32 x 32 pixels. One of the two images in the last batch is damaged.
+    """Return a folder with ten images of 32 x 32 pixels, of which one of the two in the last batch is damaged.
 
-    For an image of 32 x 32 pixels, the last feature maps of the classifier have 1 x 1 pixels. In training mode, batch
-    norm fails if a batch consists of a single image and the feature maps have 1 x 1 pixels.
+    In training mode, batch norm fails if a batch consists of a single image and the feature maps have 1 x 1 pixels.
     """
     root = tmp_path / "small"
     root.mkdir()
@@ -556,10 +528,7 @@ def test_training_on_a_full_disk_ends_with_one_error_line_and_can_be_resumed(
 
 
 def test_the_estimate_of_the_remaining_time_does_not_include_filling_the_cache(training_files, tmp_path):
-    """In this test, the training sleeps for 12 s before it fills the residual cache.
-
-    The first estimate of the remaining time must not include the 12 s for which the training sleeps.
-    """
+    """The estimate must not include the 12 s of sleep before the training fills the residual cache."""
     log, epochs = tmp_path / "log", 1_000_000
     flags = make_arguments_of_train_detector(
         training_files, tmp_path / "out", f"--fixed-sr --save-every-epoch 1000000 --epochs {epochs}"
@@ -626,10 +595,7 @@ def run_program_in_two_processes(program, flags, log, prepare=None):
 
 
 def test_two_processes_train_the_resynthesizer_to_the_weights_of_one_process(training_files, tmp_path):
-    """Two processes are killed before their third step. Two new processes then resume the training.
-
-    The last batch has only one of the five images, so the second process gets no image of this batch.
-    """
+    """The last batch has only one of the five images, so the second process gets no image of this batch."""
     flags = "--num-epochs 2 --batch-size 4 --augment --eval-file FAKE"
     run_training(make_arguments_of_train_sr(training_files, tmp_path / "one", flags))
     again = make_arguments_of_train_sr(
@@ -651,10 +617,7 @@ def test_two_processes_train_the_resynthesizer_to_the_weights_of_one_process(tra
 
 
 def test_the_validation_scores_of_two_processes_equal_the_scores_of_the_saved_detector(training_files, tmp_path):
-    """Each process computes its own batch-norm statistics.
-
-    In validation, all processes use the batch-norm statistics of the main process.
-    """
+    """In validation, all processes must use the batch-norm statistics of the main process."""
     flags = make_arguments_of_train_detector(
         training_files, tmp_path / "two", "--fixed-sr --epochs 1 --lr 0.1 --no-cache VALIDATE"
     )
@@ -671,10 +634,7 @@ def test_the_validation_scores_of_two_processes_equal_the_scores_of_the_saved_de
 
 @pytest.mark.parametrize("flags", ["--fixed-sr --no-cache", "--mode-sr none --lr 1e-6"])
 def test_a_process_without_a_usable_image_takes_part_in_the_training_step(training_files, tmp_path, flags):
-    """Each process gets one image per batch of two images.
-
-    In the second step, the image of one process is damaged.
-    """
+    """In the second step, the only image of one process is damaged."""
     images = Path(shutil.copytree(training_files, tmp_path / "files"))
     second = [key.index for key in [*EpochBatchSampler(10, 2, seed=123)][1]]
     cut_file_in_half(images / ("real" if second[1] < 5 else "fake") / f"{second[1] % 5}.png")
@@ -689,10 +649,7 @@ def test_a_process_without_a_usable_image_takes_part_in_the_training_step(traini
 def test_a_process_with_one_usable_image_takes_part_in_the_training_step(
     tmp_path, write_real_and_fake_images, training_files
 ):
-    """Each process gets two images per batch of four images.
-
-    In the first step, one of the two images of one process is damaged.
-    """
+    """In the first step, one of the two images of one process is damaged."""
     images = tmp_path / "images"
     images.mkdir()
     write_real_and_fake_images(images, 6, 32)

@@ -1,7 +1,6 @@
 """Tests of the output folder of a training.
 
-The record of a training is the file config.json in the output folder. The record names every file that a training has
-written into this folder. A training replaces and deletes only files that the record names.
+A training replaces and deletes only files that its record, the file config.json in the output folder, names.
 """
 
 import errno
@@ -58,10 +57,7 @@ def copied_run_folder(finished_run_folder, tmp_path):
 
 
 def write_user_files_unrelated_to_training(folder):
-    """Write files into a folder, under names that a training never uses.
-
-    Some of the names look like names of temporary files.
-    """
+    """Write files into a folder, under names that a training never uses."""
     folder.mkdir(exist_ok=True)
     (folder / ".notes.tmp").write_text("mine")
     (folder / ".notes.12.tmp").write_text("mine, too")
@@ -181,10 +177,7 @@ def copy_folder_and_damage_real_images(files, tmp_path):
 def test_files_of_an_earlier_run_are_kept_until_the_new_run_saves_a_checkpoint(
     training_files, copied_run_folder, tmp_path, monkeypatch, accident, init
 ):
-    """With --overwrite, a new training starts from a checkpoint of the earlier training in the same output folder.
-
-    The new training fails before it has written a checkpoint.
-    """
+    """The new training starts from a checkpoint of the earlier run, and fails before it has written a checkpoint."""
     before = {name: data for name, data in read_file_contents_by_path(copied_run_folder).items() if name != RECORD}
     arguments = make_arguments_of_train_detector(
         training_files,
@@ -246,7 +239,7 @@ def test_train_sr_keeps_its_initial_weights_file_until_it_has_saved_a_checkpoint
 
 
 def raise_disk_full(path):
-    """Raise the OSError of a full disk. This function replaces `open_for_atomic_write`."""
+    """Raise the OSError of a full disk."""
     raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
@@ -271,7 +264,6 @@ def test_files_of_an_earlier_run_are_deleted_once_the_new_run_saves_a_checkpoint
 
 
 def test_a_checkpoint_of_the_authors_in_the_output_folder_is_never_deleted(training_files, copied_run_folder, tmp_path):
-    """Even with --overwrite, train_detector.py refuses an output folder with a checkpoint of the authors."""
     released = {
         key: value
         for key, value in read_checkpoint_content(copied_run_folder / "0001.pth.tar").items()

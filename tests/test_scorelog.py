@@ -1,7 +1,4 @@
-"""Tests of ScoreWriter, which appends rows to part files and joins the part files into a score table.
-
-Without `overwrite`, a ScoreWriter keeps the rows that earlier ScoreWriters have written.
-"""
+"""Tests of ScoreWriter, which appends rows to part files and joins the part files into a score table."""
 
 import shutil
 from pathlib import Path
@@ -21,24 +18,24 @@ SETTINGS = {"seed": 1}
 
 @pytest.fixture
 def labelled_image_list(tmp_path):
-    """Write seven empty image files. Return one `Item` object (path, label, generator) per file."""
+    """Write seven empty image files, and return one `Item` object (path, label, generator) per file."""
     write_empty_files(tmp_path, *(f"images/{i}.png" for i in range(COUNT)))
     return [Item(str(tmp_path / "images" / f"{i}.png"), i % 2, "g") for i in range(COUNT)]
 
 
 def make_score_rows_by_image_index(items, indices, add=0.0):
-    """Return a dict from image index to score table row. The logit_fake of a row is the image index plus `add`."""
+    """Return a dict from image index to score table row, whose logit_fake is the image index plus `add`."""
     rows = make_rows_from_logits([items[i] for i in indices], [[i + add, 0] for i in indices])
     return dict(zip(indices, rows, strict=True))
 
 
 def make_unopened_score_writer(folder, items, settings=SETTINGS, world=World()) -> ScoreWriter:  # noqa: B008
-    """Return a ScoreWriter for the score table p.csv. The writer has not created its part file yet."""
+    """Return a ScoreWriter for the score table p.csv that has not created its part file yet."""
     return ScoreWriter(folder / "p.csv", items, read_file_sizes_and_times(items), settings, world)
 
 
 def make_opened_score_writer(folder, items, settings=SETTINGS) -> ScoreWriter:
-    """Return a ScoreWriter for the score table p.csv. The writer has already created its part file."""
+    """Return a ScoreWriter for the score table p.csv that has already created its part file."""
     writer = make_unopened_score_writer(folder, items, settings)
     assert writer.start_partial_table(overwrite=False)
     return writer
@@ -117,8 +114,7 @@ def test_images_with_incomplete_or_missing_score_table_rows_are_scored_again(tmp
     content = part.read_bytes()
     if lost == 10_000:
         lost = len(content) - content.index(b"\n") - 1  # number of bytes after the first line
-    # A power failure can cut off the last `lost` bytes of a file.
-    # A power failure can also leave zero bytes at the end of a file, as in the case `lost` = 30
+    # A power failure can cut off the end of a file, and leave a zero byte there, as in the case `lost` = 30
     part.write_bytes(content[:-lost] + b"\0" * (lost == 30))
     again = make_opened_score_writer(tmp_path, labelled_image_list)
     missing = again.list_unscored_images(1).tolist()

@@ -48,7 +48,7 @@ def authors_checkpoint_folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def path_of_uninterrupted_scores(detector_file, image_folder, tmp_path_factory):
-    """Score nine images in one process without interruption. Return the value of --save_path."""
+    """Score nine images in one process without interruption, and return the value of --save_path."""
     path = tmp_path_factory.mktemp("whole") / "p"
     assert run_test_py(*make_arguments_of_test_py(detector_file, image_folder, path)) == 0
     return path
@@ -150,7 +150,6 @@ def test_a_new_run_of_test_py_replaces_the_results_of_an_earlier_run(detector_fi
     assert run_test_py(*start_of, *labelled) == 0
     assert list_sorted_names_in_folder(tmp_path / "out") == ["p.csv", "p.json", "p.npy", "p.png"]
     assert run_test_py(*start_of, "--input", image_folder) == 0
-    # No figure is drawn for unlabelled images
     assert list_sorted_names_in_folder(tmp_path / "out") == ["p.csv", "p.json", "p.npy"]
     assert run_test_py(*start_of, *labelled) == 0
     assert len(read_csv_rows(tmp_path / "out" / "p.csv")) == 2
@@ -189,8 +188,7 @@ def test_the_score_of_a_large_image_is_the_mean_over_its_crops(detector_file, tm
     names = [str(tmp_path / "images" / f"{key}.png") for key in range(4)]
     for key, size in enumerate([(40, 48), (40, 48), (16, 16), (12, 60)]):
         write_noise_image(names[key], key, size)
-    # With one crop per image, test.py refuses the image of 12 x 60 pixels, because a crop has 16 x 16 pixels.
-    # With several crops per image, test.py scores an image that is smaller than a crop
+    # Only with several crops per image, test.py scores an image (12 x 60) that is smaller than a crop (16 x 16)
     status = 1 if count == 1 else 0
     assert run_test_py(*make_arguments_of_test_py(own, tmp_path / "images", tmp_path / "p", "--crops", count)) == status
     logits = np.load(tmp_path / "p.npy")
@@ -315,7 +313,7 @@ def test_an_image_that_was_replaced_is_scored_again(detector_file, image_folder,
     assert np.allclose(read_table(tmp_path / "p.csv").logits, expected, atol=1e-6)
 
 
-# This program runs test.py. At the first start by torchrun, the process with rank 1 kills itself in its second batch
+# At the first start by torchrun, the process with rank 1 kills itself in its second batch
 DIES_ONCE = """
 import os, runpy, sys
 sys.path[:0] = {paths}

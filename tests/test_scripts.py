@@ -30,10 +30,8 @@ STAGE5_DETECTOR = "./pretrained_models/stylegan_celeba_stage5_noising/cls.pth.ta
 STAGE5_RDN = "./pretrained_models/stylegan_celeba_stage5_noising/sr.pth.tar"
 VARIABLES = ("DATA_ROOT_POS", "DATA_ROOT_NEG", "SR_RESUME", "RESUME", "OUTPUT_PATH", "VGG_WEIGHTS", "NPROC", "EVAL")
 
-# STUB is a shell script that replaces Python.
-# In place of `python -c CODE`, STUB does nothing.
+# STUB is a shell script that replaces Python, and writes its command line to the file `recorded`.
 # In place of tools/example.py, STUB makes empty folders and files with the names that tools/example.py uses.
-# In place of any other program, STUB writes its command line to the file `recorded`.
 STUB = """#!/usr/bin/env bash
 here=$(dirname "$0")
 case "$1" in
@@ -58,10 +56,7 @@ def write_executable(path: Path, text: str) -> None:
 
 @pytest.fixture
 def project_copy(tmp_path):
-    """Return a copy of the project folder without images, tests and results.
-
-    In the copy, an executable file named python contains the script STUB, which replaces Python.
-    """
+    """Return a copy of the project folder without images, tests and results, with STUB as the program `python`."""
     folder = tmp_path / "checkout"
     folder.mkdir()
     for file in ROOT.glob("*.py"):
@@ -385,10 +380,7 @@ def test_a_script_refuses_one_image_folder_without_the_other_and_makes_no_exampl
 def test_a_training_of_a_script_is_finished_only_if_last_pth_tar_is_not_older_than_the_last_numbered_checkpoint(
     tmp_path, numbered, last, starts
 ):
-    """`numbered` is the modification time of 0002.pth.tar, and `last` is the modification time of last.pth.tar.
-
-    None stands for a missing file.
-    """
+    """`numbered` and `last` are the modification times of 0002.pth.tar and last.pth.tar, or None without the file."""
     for name, time in (("0002.pth.tar", numbered), ("last.pth.tar", last)):
         if time is not None:
             (tmp_path / name).touch()
@@ -411,8 +403,7 @@ def test_a_script_installs_nothing_if_the_user_has_chosen_a_python(project_copy)
 
 
 # BARE_PYTHON is a shell script that imitates a python3 without installed packages.
-# With the arguments `-m venv`, BARE_PYTHON copies itself into the new environment.
-# With the arguments `-m pip`, the copy of BARE_PYTHON in the new environment replaces itself by the script STUB.
+# In a new environment, `-m pip` overwrites the copy of BARE_PYTHON with the script STUB.
 BARE_PYTHON = """#!/usr/bin/env bash
 case "$1 ${{2:-}}" in
     "-c import sys"*) exit {too_old} ;;
@@ -460,7 +451,7 @@ def test_a_script_reports_a_failed_installation_in_its_last_line(project_copy, t
 
 
 def write_images_of_random_squares(folder: Path, count: int, cell: int) -> None:
-    """Write images of 64 x 64 pixels. Each square of `cell` x `cell` pixels has one random colour."""
+    """Write images of 64 x 64 pixels that consist of randomly coloured squares of `cell` x `cell` pixels."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.default_rng(cell)
     for i in range(count):

@@ -29,13 +29,13 @@ def random_vgg():
 
 @pytest.fixture
 def tiny_rdn(request):
-    """Return a tiny RDN. The parameter of the fixture is the scale of the RDN (default: 4)."""
+    """Return a tiny RDN, whose scale is the parameter of the fixture (default: 4)."""
     torch.manual_seed(0)
     return RDN(scale=getattr(request, "param", 4), **TINY)
 
 
 def toy_detector(rdn, stage, vgg):
-    """Return a detector in evaluation mode. The weights and the batch-norm statistics are random."""
+    """Return a detector in evaluation mode with random weights and batch-norm statistics."""
     torch.manual_seed(1)
     features = Pixels()
     if stage:

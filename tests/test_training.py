@@ -183,7 +183,7 @@ def toy_batch(labels=LABELS, seed=1, side=SIDE):
 
 
 def take_one_training_step(detector, batch, vgg, task="none", micro_batch=None, weight=1.0, step=0):
-    """Take one training step on a batch. Return a dict from the name of each recorded loss to its value."""
+    """Take one training step on a batch, and return a dict from the name of each recorded loss to its value."""
     compute = Compute(CPU, "fp32")
     optimizer = optimizers.create_optimizer("sgd", detector, 0.1, 0.02, 0.9, 1e-4)
     stepper = Stepper(optimizer, compute, World())
@@ -196,10 +196,7 @@ def take_one_training_step(detector, batch, vgg, task="none", micro_batch=None, 
 
 @cache
 def find_step_with_or_without_degradation(degraded):
-    """Return the number of the first training step in which the task "denoising" adds noise to the images.
-
-    If `degraded` is False, return the number of the first step in which the task adds no noise to the images.
-    """
+    """Return the first training step in which the task "denoising" adds noise, or no noise if not `degraded`."""
     vgg = load_vgg("random")[0]
     batch = toy_batch(side=32)
     clean = take_one_training_step(toy_detector(), batch, vgg, "none")["auxiliary"]
@@ -419,10 +416,7 @@ def test_a_tiny_evaluation_image_gets_a_psnr_and_a_psnr_below_bicubic_gives_a_wa
 
 
 def test_a_black_evaluation_image_does_not_decide_which_epoch_is_best(training_files, tmp_path):
-    """A network can enlarge a black image exactly, so train_sr.py must replace an infinite PSNR by a finite value.
-
-    If the mean PSNR of the first epoch were infinite, no later epoch could be better.
-    """
+    """A network can enlarge a black image exactly, so train_sr.py must replace an infinite PSNR by a finite value."""
     images = tmp_path / "images"
     images.mkdir()
     save_image(images / "black.png", random_rgb_pixels(32, 32) * 0)

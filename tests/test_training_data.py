@@ -34,11 +34,7 @@ def make_training_arguments_without_image_folders(files, out, flags):
 
 
 def write_csv_table(path, files, labels):
-    """Write a CSV table of images, and return the path of the table.
-
-    Args:
-        labels: label of the image in each row, "real" or "fake".
-    """
+    """Write a CSV table of images with the given labels, "real" or "fake", and return the path of the table."""
     counts = {"real": 0, "fake": 0}
     lines = ["path,label"]
     for label in labels:

@@ -19,10 +19,9 @@ DETECTOR = f"{COMMON} --batch-size 4 --lr-sr 0.5 --arch resnet18 --no_dilation"
 
 
 def make_arguments_of_train_sr(files, out, flags=""):
-    """Return a command line for a small training with train_sr.py. The training writes into the subfolder x2 of `out`.
+    """Return a command line for a small training with train_sr.py, which writes into the subfolder x2 of `out`.
 
-    Args:
-        flags: additional flags in one string. The string may contain the placeholders REAL, FAKE and VALIDATE.
+    `flags` may contain the placeholders REAL, FAKE and VALIDATE.
     """
     return [
         "--train-file",
@@ -35,10 +34,9 @@ def make_arguments_of_train_sr(files, out, flags=""):
 
 
 def make_arguments_of_train_detector(files, out, flags=""):
-    """Return a command line for a small training with train_detector.py. The training writes into the folder `out`.
+    """Return a command line for a small training with train_detector.py, which writes into the folder `out`.
 
-    Args:
-        flags: additional flags in one string. The string may contain the placeholders REAL, FAKE and VALIDATE.
+    `flags` may contain the placeholders REAL, FAKE and VALIDATE.
     """
     roots = ["--data-root-pos", str(files / "real"), "--data-root-neg", str(files / "fake")]
     resynthesizer = ["--sr-weights-file", str(files / "rdn.pth")]
@@ -53,21 +51,13 @@ def make_arguments_of_train_detector(files, out, flags=""):
 
 
 def split_flags_and_insert_folder_paths(files, flags):
-    """Split a string of flags into words, and replace the placeholders REAL, FAKE and VALIDATE.
-
-    REAL is replaced by the path of the folder of real images. FAKE is replaced by the path of the folder of fake
-    images. VALIDATE is replaced by the flags `--val-root-pos REAL --val-root-neg FAKE`.
-    """
+    """Split a string of flags into words, and replace REAL and FAKE by folders, and VALIDATE by validation flags."""
     flags = flags.replace("VALIDATE", "--val-root-pos REAL --val-root-neg FAKE")
     return flags.replace("REAL", str(files / "real")).replace("FAKE", str(files / "fake")).split()
 
 
 def run_training(arguments):
-    """Run train_detector.py or train_sr.py with the given command line in this process.
-
-    If the arguments contain --output-path, the program is train_detector.py. `run_training` does not
-    catch a `UserError` of the program.
-    """
+    """Run train_detector.py or, without --output-path in the arguments, train_sr.py in this process."""
     arguments = [str(argument) for argument in arguments]
     if "--output-path" in arguments:
         train_detector.main(create_train_detector_parser().parse_args(arguments))
@@ -76,7 +66,7 @@ def run_training(arguments):
 
 
 def run_training_for_status_and_last_line(arguments, capfd):
-    """Run a training with the given command line. Return the exit status and the last line on stderr."""
+    """Run a training with the given command line, and return the exit status and the last line on stderr."""
     code = run_program(lambda: run_training(arguments))
     return code, capfd.readouterr().err.splitlines()[-1]
 

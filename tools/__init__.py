@@ -1,4 +1,4 @@
 """Command-line programs other than train_sr.py, train_detector.py and test.py.
 
-Start a program with `python -m tools.NAME`. Only the tests and the modules of `tools` import modules of `tools`.
+Start a program with `python -m tools.NAME`.
 """

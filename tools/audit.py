@@ -2,8 +2,6 @@
 
     python -m tools.audit --data-root-pos REAL_DIR --data-root-neg FAKE_DIR [--val-root-pos DIR ...] [--val-csv FILE]
 
-For example, the file format is a leak if all real images are JPEG files and all fake images are PNG files.
-
 The exit status is 0 if no leak was found, 1 if a leak was found, and 2 if the arguments are wrong.
 """
 
@@ -32,7 +30,7 @@ def format_audit_result(result: Audit) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the leak audit of the images that the command line names, and print the findings. Returns the exit status."""
+    """Run the leak audit of the images that the command line names, and print the findings."""
     parser = options.Parser("python -m tools.audit", __doc__.split("\n\n")[0])
     folders = {"nargs": "+", "default": [], "metavar": "DIR"}
     parser.add_argument("--data-root-pos", **folders, help="folders of real images for training")

@@ -1,9 +1,8 @@
 """TAEF2, a small image autoencoder. Its decoder leaves traces in images, as the decoders of image generators do.
 
 The architecture and the weights are by Ollin Boer Bohan, https://github.com/madebyollin/taesd, commit 5cccb12, MIT
-licence. TAEF2 was distilled from the autoencoder of FLUX.2. This project does not contain the weights. Download the
-weight files of the encoder and the decoder from Bohan's repository. The keys in the weight files are the parameter
-names of `Encoder` and `Decoder`.
+licence. TAEF2 was distilled from the autoencoder of FLUX.2. Download the weight files of the encoder and the decoder
+from Bohan's repository, because this project does not contain them.
 """
 
 import torch
@@ -50,17 +49,14 @@ class Block(nn.Module):
 
 
 class SoftClamp(nn.Module):
-    """A layer that limits latent values smoothly to the range from -3 to 3. The layer accepts tensors of any shape."""
+    """A layer that limits latent values smoothly to the range from -3 to 3."""
 
     def forward(self, z: Tensor) -> Tensor:
         return 3 * torch.tanh(z / 3)
 
 
 class Encoder(nn.Sequential):
-    """The encoder of TAEF2, which converts images x (B, 3, H, W) in [0, 1] to latent maps z (B, 32, H / 8, W / 8).
-
-    H and W must be multiples of 8.
-    """
+    """The encoder of TAEF2, which converts images x (B, 3, H, W) in [0, 1] to latent maps z (B, 32, H / 8, W / 8)."""
 
     def __init__(self) -> None:
         layers = [nn.Conv2d(3, WIDTH, 3, padding=1), Block()]  # (B, 64, H, W)
@@ -89,10 +85,9 @@ class Decoder(nn.Sequential):
 
 
 class Autoencoder(nn.Module):
-    """The image autoencoder TAEF2, which consists of an encoder and a decoder.
+    """The image autoencoder TAEF2 for images (B, 3, H, W) in [0, 1], where H and W are multiples of 8.
 
-    The input is a batch of images (B, 3, H, W) in [0, 1]. H and W must be multiples of 8. The output has the same shape
-    as the input, and is clamped to [0, 1].
+    The output has the same shape as the input, and is clamped to [0, 1].
     """
 
     def __init__(self) -> None:

@@ -2,10 +2,8 @@
 
     python -m tools.calibrate SCORES.csv --into DETECTOR.pth.tar [--fpr 0.01 --fnr 0.01]
 
-SCORES.csv is a score table that test.py wrote with the detector DETECTOR.pth.tar for images with labels. The images in
-SCORES.csv must differ from the training images and from the images of the final test. The program fits the temperature
-by the method of Guo et al. ("On Calibration of Modern Neural Networks", ICML 2017). With --into, the program stores the
-calibration in the checkpoint of the detector. test.py reads the calibration from the checkpoint. The entry
+The images in SCORES.csv must differ from the training images and from the images of the final test. The program fits
+the temperature by the method of Guo et al. ("On Calibration of Modern Neural Networks", ICML 2017). The entry
 "calibration" of the checkpoint is a dictionary with these keys:
 
     temperature          number by which the logits are divided
@@ -60,7 +58,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
     lines += [f"warning: {text}" for text in warnings]
     if content is not None:
         content["calibration"] = {**calibration, "source": Path(args.scores).name}
-        # If --into is a symbolic link, write to its target
         checkpoints.save_checkpoint(content, os.path.realpath(args.into))
         lines.append(
             f"the calibration is stored in {make_printable(args.into)}; test.py uses the calibration from now on"
@@ -92,13 +89,10 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def require_scores_computed_by_detector(content: Mapping, record: Mapping, name: str) -> None:
-    """Check that the detector in `content` computed the scores of a score table from unperturbed images.
+    """Check that the detector of the checkpoint `content` computed the scores of a score table from unperturbed images.
 
     Args:
-        content: content of the checkpoint of the detector.
-        record: content of the JSON file that test.py wrote beside the score table, or {} if there is no JSON file. If
-            `record` is {}, the function logs a warning instead of checking the score table.
-        name: file name of the checkpoint, for error messages.
+        record: content of the JSON file that test.py wrote beside the score table, or {} if there is no JSON file.
     Raises:
         UserError: if another detector computed the scores, if the scored images were perturbed, or if the checkpoint
             contains no classifier.
@@ -139,11 +133,7 @@ def require_scores_computed_by_detector(content: Mapping, record: Mapping, name:
 
 
 def require_scores_with_default_settings(content: Mapping, record: Mapping, name: str) -> None:
-    """Check that the scored images were resized and cropped with the settings that test.py uses by default.
-
-    Raises:
-        UserError: if the crop size, the resizing or the number of crops differs from the default.
-    """
+    """Raise a UserError if the scored images were not resized and cropped as test.py does by default."""
     scoring_settings = record.get("scoring_settings") or {}
     trained = (content.get("config") or {}).get("images") or {}
     for setting, expected in choose_resize_and_crop_settings(trained, {})._asdict().items():
@@ -166,8 +156,7 @@ def fit_calibration(table: ScoreTable, fpr: float = 0.01, fnr: float = 0.01) -> 
         fpr: largest fraction of the real images that may be called fake.
         fnr: largest fraction of the fake images that may be called real.
     Returns:
-        The calibration (temperature, thresholds, error rates and image counts), and a list of warnings. Each warning is
-        one line.
+        The calibration (temperature, thresholds, error rates and image counts), and a list of warnings.
     Raises:
         UserError: if the table has no real images or no fake images.
     """
@@ -196,14 +185,13 @@ def fit_temperature(margins: np.ndarray, is_fake: np.ndarray) -> tuple[float, li
 
     P(fake) of an image is sigmoid((logit_fake - logit_real) / T). The negative log-likelihood is convex in 1 / T, so
     bisection finds the point where its derivative is 0. If the detector classifies every image correctly, the negative
-    log-likelihood has no minimum: the smaller T is, the smaller the negative log-likelihood is. In this case, the
-    function returns T = 1.
+    log-likelihood has no minimum, and the function returns T = 1.
 
     Args:
         margins: logit_fake - logit_real of each image, (N,).
         is_fake: whether each image is fake, (N,) bool.
     Returns:
-        The temperature, and a list of warnings. Each warning is one line.
+        The temperature, and a list of warnings.
     """
     agreement = np.where(is_fake, margins, -margins)  # positive if the larger logit belongs to the correct class
     if agreement.min() >= 0:
@@ -228,8 +216,7 @@ def fit_thresholds(prob_fake: np.ndarray, is_fake: np.ndarray, fpr: float, fnr: 
     """Choose thresholds of P(fake) for the verdicts "real" (P(fake) <= t_real) and "fake" (P(fake) >= t_fake).
 
     At most a fraction `fpr` of the real images gets the verdict "fake". At most a fraction `fnr` of the fake images
-    gets the verdict "real". As few images as possible get the verdict "unsure" (t_real < P(fake) < t_fake). If no image
-    needs the verdict "unsure", the function returns two equal thresholds.
+    gets the verdict "real". As few images as possible get the verdict "unsure" (t_real < P(fake) < t_fake).
 
     Args:
         prob_fake: calibrated P(fake) of each image, (N,).
@@ -247,13 +234,10 @@ def fit_thresholds(prob_fake: np.ndarray, is_fake: np.ndarray, fpr: float, fnr: 
 def threshold_for_error_rate(negatives: np.ndarray, scores: np.ndarray, rate: float) -> float:
     """Choose the lowest threshold such that at most a fraction `rate` of `negatives` is >= the threshold.
 
-    The function considers only thresholds halfway between two values of `scores` that are neighbours in sorted order.
-    If all of them are too low, the function returns the next floating-point number above the highest value of `scores`.
+    If possible, the threshold is halfway between two values of `scores` that are neighbours in sorted order.
 
     Args:
         negatives: scores of the images that should stay below the threshold.
-        scores: scores of all images.
-        rate: largest allowed fraction of `negatives` that is >= the threshold.
     """
     allowed = min(math.floor(rate * len(negatives) + COUNT_TOLERANCE), len(negatives) - 1)
     # At most `allowed` values of `negatives` may reach or exceed the threshold

@@ -1,21 +1,16 @@
 """Make example images, or make fake copies of photographs.
 
     python -m tools.example --out data/example --size 128 --train 128 --val 32 --test 64
-    python -m tools.example --from PHOTOGRAPHS --out TWINS [--autoencoder ENCODER.pth DECODER.pth]
+    python -m tools.example --from PHOTO_DIR --out OUT [--autoencoder ENCODER.pth DECODER.pth]
 
-Without --from, the program writes the images OUT/{train,val,test}/{real,nearest,bilinear}/00000.png and so on. The
-program also writes the lists OUT/train.txt and OUT/val.txt, which name the real images for train_sr.py. Real images are
-random drawings of overlapping shapes (tools/scenes.py). The folders nearest and bilinear contain fake images: different
-random drawings, reduced to half their size and then up-sampled to the full size (tools/upsampling.py). The program
-needs no image generator. High accuracy on these images shows that training and testing work, but says nothing about
+Without --from, the program writes the images OUT/{train,val,test}/{real,nearest,bilinear}/00000.png and so on. Real
+images are random drawings of overlapping shapes (tools/scenes.py). The folders nearest and bilinear contain fake
+images: different random drawings, reduced to half their size and then up-sampled to the full size
+(tools/upsampling.py). High accuracy on example images shows that training and testing work, but says nothing about
 images from the internet. Licence of the images: CC0 1.0.
 
-With --from, the program writes a fake copy (twin) of each image in the folder PHOTOGRAPHS and in its subfolders. To
-make a twin, the program reduces and up-samples the image or, with --autoencoder, passes it through an autoencoder. Both
-methods leave traces like those of an image generator (tools/twins.py). The program writes the twin of a file
-PHOTOGRAPHS/SUBFOLDER/NAME to OUT/SUBFOLDER/NAME.
-
-The program writes all images into a temporary folder, and then renames this folder to OUT.
+With --from, the program writes a fake copy (twin) of each image in the folder PHOTO_DIR and in its subfolders. To make
+a twin, the program reduces and up-samples the image or, with --autoencoder, passes it through an autoencoder.
 """
 
 import argparse
@@ -60,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
     # On SIGTERM, raise SystemExit, so that `temporary_output_folder` deletes the temporary folder
     signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
-    out = Path(os.path.realpath(args.out))  # if --out is a symbolic link, write to its target
+    out = Path(os.path.realpath(args.out))
     if args.photographs:
         require_missing_or_empty_folder(out, args.out)
         write_fake_copies_of_folder(args.photographs, out, args.autoencoder, args.seed)
@@ -123,7 +118,7 @@ def read_settings_of_existing_images(out: Path) -> dict | None:
 
 
 def require_missing_or_empty_folder(out: Path, name: str) -> None:
-    """Raise a UserError if `out` is a file or a non-empty folder. name: value of --out, for the error message."""
+    """Raise a UserError if `out` is a file or a non-empty folder."""
     if out.is_dir() and not any(out.iterdir()):
         return
     if os.path.lexists(out):
@@ -160,7 +155,7 @@ def write_example_images(settings: dict, out: Path) -> None:
             for folder in ("real", *KINDS):
                 (out / split / folder).mkdir(parents=True)
     for split, label, index in progress_bar(jobs, "images", len(jobs)):
-        key = (settings["seed"], SPLITS.index(split), LABELS.index(label), index)  # random seed of this image
+        key = (settings["seed"], SPLITS.index(split), LABELS.index(label), index)
         rng = seeded_generator(*key)
         scene = draw_scene(settings["size"], rng)  # (H, W, 3)
         images = {"real": scene}
@@ -180,9 +175,7 @@ def write_lists_of_real_images(counts: dict[str, int], folder: Path, listed: str
     """Write the lists train.txt and val.txt, which name the real images for train_sr.py.
 
     Args:
-        counts: number of real images in each split.
-        folder: temporary folder into which the lists are written.
-        listed: absolute path of the output folder. The paths in the lists begin with `listed`.
+        listed: absolute path of the output folder, with which the paths in the lists begin.
     """
     for split in ("train", "val"):
         if counts[split]:

@@ -3,12 +3,8 @@
     python -m tools.export --resume DETECTOR [--sr-weights-file RDN] --out detector.onnx
     python -m tools.export --resume DETECTOR --bundle detector.safetensors [--scores P.json]
 
-A graph is an .onnx file, or a .pt2 file for torch.export.load. The graph computes P(fake) from the pixels of images, or
-of crops if the detector was trained on crops. Before the program writes a graph, it checks that graph and detector give
-the same outputs up to small rounding errors. The option --check compares an existing graph with the detector. A bundle
-is one .safetensors file with a model card and the weights of all networks of the detector except VGG-19. The option
---resume and the function `evaluation.load` accept a bundle. docs/integrations.md explains how to use graphs and
-bundles.
+A graph is an .onnx file, or a .pt2 file for torch.export.load. A bundle is one .safetensors file with a model card and
+the weights of all networks of the detector except VGG-19. docs/integrations.md explains how to use graphs and bundles.
 """
 
 import argparse
@@ -114,13 +110,9 @@ def collect_contents_of_safetensors_bundle(
 ) -> dict:
     """Collect the weights, the config and the model card that a bundle contains.
 
-    Instead of the VGG-19 weights, which many detectors share, a bundle contains a hash (fingerprint) of the weights.
-
     Args:
         found: content of the checkpoint of the detector.
-        scores: path of the file P.json that test.py wrote. The model card shows the metrics in P.json. If `scores` is
-            None, the model card shows no metrics.
-        checkpoint_name: file name of the checkpoint, for error messages.
+        scores: path of a JSON file of test.py with the metrics for the model card, or None for a card without metrics.
     Raises:
         UserError: if the scores are from a different detector, or from images without labels.
     """

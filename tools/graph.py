@@ -1,8 +1,7 @@
-"""Export a detector as one graph, in ONNX or in the format of torch.export. The graph computes P(fake) from pixels.
+"""Export a detector as one graph, in ONNX or in the format of torch.export.
 
-The input of the graph is a batch of whole images, or a batch of crops if the detector was trained on crops. The graph
-does not resize or crop images, does not average over crops, and does not apply thresholds. The metadata of the graph
-contain the settings with which images must be resized and cropped, and the thresholds.
+The graph does not resize or crop images, does not average over crops, and does not apply thresholds. The metadata of
+the graph contain the settings with which images must be resized and cropped, and the thresholds.
 """
 
 import copy
@@ -30,7 +29,7 @@ logger = logging.getLogger("tools.export")
 
 FORMAT = "beyond-the-spectrum graph, version 2"
 MARK = b"beyond-the-spectrum graph"  # each graph file of this program contains these bytes
-FACTS = "facts.json"  # name of the metadata file inside a .pt2 file, which is a zip archive
+FACTS = "facts.json"  # name of the metadata file inside a .pt2 file
 SMALLEST_EXAMPLE = 96  # minimum height and width of example images in pixels, for detectors trained on whole images
 TOLERANCE = 1e-4  # largest allowed |g - d| / max(1, |d|), where g is an output of the graph, and d that of the detector
 # With onnxscript 0.7, PyTorch 2.6 cannot convert batch norms to ONNX
@@ -82,12 +81,10 @@ def copy_network_with_plain_batch_norms(network: nn.Module) -> nn.Module:
 
 
 def export_graph(detector: Detector, suffix: str) -> bytes:
-    """Export a detector as a graph.
+    """Export a detector as the bytes of a graph file.
 
     Args:
         suffix: format of the graph, ".onnx" or ".pt2".
-    Returns:
-        The bytes of the graph file.
     Raises:
         UserError: if the network cannot be exported.
     """
@@ -105,13 +102,11 @@ def export_graph(detector: Detector, suffix: str) -> bytes:
 
 
 def convert_to_onnx(program: torch.export.ExportedProgram, axes: Mapping[int, str], facts: Mapping[str, str]) -> bytes:
-    """Convert an `ExportedProgram` of torch.export to an ONNX graph.
+    """Convert an `ExportedProgram` of torch.export to the bytes of an ONNX file.
 
     Args:
         axes: names of the input dimensions that may have any size, {dimension: name}, such as {0: "batch"}.
-        facts: metadata to store in the graph, {name: value in JSON format}.
-    Returns:
-        The bytes of the graph file.
+        facts: metadata to store in the graph.
     Raises:
         UserError: if this version of PyTorch cannot convert an operation of the network.
     """
@@ -175,8 +170,7 @@ def try_to_export_network(
         dynamic_shape: which dimensions of the input may vary, in the format of `dynamic_shapes` of torch.export.export.
 
     Returns:
-        The exported program and an error message. The program is None if the export failed. The message is "" if the
-        export succeeded.
+        The exported program and "", or None and an error message if the export failed.
     """
     example = torch.zeros(2, 3, height, width, dtype=torch.uint8)
     try:
@@ -200,11 +194,7 @@ def choose_image_sizes_for_comparison(detector: Detector) -> list[tuple[int, int
 
 
 def collect_graph_metadata(detector: Detector) -> dict[str, str]:
-    """Collect the metadata of a graph, such as the crop size, the thresholds and the config.
-
-    Returns:
-        The metadata, {name: value in JSON format}.
-    """
+    """Collect the metadata of a graph, such as the crop size and the thresholds, as {name: value in JSON format}."""
     facts = {"format": FORMAT, "labels": LABEL_NAMES, "crops": detector.crops}
     facts.update(detector.policy._asdict())
     for name, default in UNCALIBRATED.items():
@@ -219,10 +209,7 @@ def collect_graph_metadata(detector: Detector) -> dict[str, str]:
 
 
 def describe_detector_without_folders(detector: Detector) -> dict:
-    """Copy the config of a detector, without the folders of VGG-19 weight files.
-
-    The function adds the fingerprint (weight hash) of the classifier to the copy.
-    """
+    """Copy the config of a detector without folders of VGG-19 weight files, and add the classifier's weight hash."""
     config = dict(detector.config)
     config["classifier_fingerprint"] = compute_fingerprint(detector.network.classifier)
     for part in ("vgg", "auxiliary_vgg"):
@@ -232,7 +219,7 @@ def describe_detector_without_folders(detector: Detector) -> dict:
 
 
 def get_first_line(error: BaseException) -> str:
-    """Return the first line of the message of an exception. Messages of PyTorch and ONNX have many lines."""
+    """Return the first line of the message of an exception."""
     return str(error).strip().partition("\n")[0]
 
 
@@ -256,10 +243,9 @@ def load_graph(data: bytes) -> tuple[Callable[[Tensor], Sequence[np.ndarray]], M
 
 
 def create_module_without_size_checks(program: torch.export.ExportedProgram) -> nn.Module:
-    """Create a module that runs an exported program without guards.
+    """Create a module that runs an exported program without guards, which are checks of the input size.
 
-    Guards are checks of the input size, which torch.export derives from the example input. In PyTorch 2.9 and later
-    versions, the module of an exported program contains guards unless `check_guards` is False.
+    In PyTorch 2.9 and later versions, the module of an exported program contains guards unless `check_guards` is False.
     """
     if "check_guards" in inspect.signature(program.module).parameters:
         return program.module(check_guards=False)
@@ -269,14 +255,8 @@ def create_module_without_size_checks(program: torch.export.ExportedProgram) -> 
 def compare_graph_with_detector(path: Path, detector: Detector, data: bytes) -> None:
     """Check that a graph and a detector give the same logits and P(fake) on random images of three sizes.
 
-    A graph that accepts only images of the crop size is compared with the detector on images of this size only.
-
-    Args:
-        path: path of the graph file, for error messages.
-        data: bytes of the graph file.
     Raises:
-        UserError: if `data` is not the graph of `detector`.
-        UserError: if the logits or P(fake) of the graph differ from those of `detector` by more than TOLERANCE.
+        UserError: if `data` is not the graph of `detector`, or if their outputs differ by more than TOLERANCE.
     """
     name = make_printable(path)
     rng = seeded_generator(0)

@@ -5,15 +5,10 @@
     python -m tools.report --study STUDY.csv --table NAME --markdown METRIC [--intervals]
     python -m tools.report --refresh DOCUMENT.md [DOCUMENT.md ...] [--check]
 
-With --out, the program writes the web page DIR/report.html with figures and metrics (tools/report_page.py). With
---markdown, the program prints a markdown table of METRIC (default: accuracy, AUROC and AP). With --study and
---markdown, the program prints a table that compares detectors (tools/study.py). With --refresh, the program updates the
-tables in markdown documents. A comment directly above each table contains the command that makes the table:
+With --refresh, the program updates the tables in markdown documents. A comment directly above each table contains the
+command that makes the table:
 
     <!-- made by: python -m tools.report results/faces/*.csv --markdown auroc -->
-
-The program runs the command in each comment, and replaces the table below the comment by the table that the command
-makes. The file SCORES.json, which test.py writes beside a score table SCORES.csv, may be missing.
 """
 
 import argparse
@@ -36,7 +31,7 @@ from utils.files import open_for_atomic_write
 PROGRAM = "python -m tools.report"
 # Each match is a comment (group 1) that contains a command (group 2), and the table below the comment
 MADE_BY = re.compile(r"^(<!-- made by: (.+) -->)[ \t]*(?:\n\|.*)*", re.MULTILINE)
-COMPARED = ("accuracy", "auroc", "average_precision")  # metrics in the tables with bootstrap intervals
+COMPARED = ("accuracy", "auroc", "average_precision")  # columns of a table if the user names no metric
 ALL_METRICS = "all"
 
 
@@ -105,10 +100,7 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def count_name_columns_of_metric_table(tables: Sequence) -> int:
-    """Return how many columns in a table from `metrics.make_metric_table` contain names instead of numbers.
-
-    The markdown table aligns the columns of names left and the columns of numbers right.
-    """
+    """Return how many columns in a table from `metrics.make_metric_table` contain names instead of numbers."""
     return 1 if len(tables) == 1 else 2
 
 
@@ -131,10 +123,9 @@ def make_markdown_table(args: argparse.Namespace) -> str:
 
 
 def update_tables_of_document(path: str, check: bool) -> None:
-    """Update the tables below "made by" comments in a markdown document.
+    """Update each table in a markdown document that has its command in a comment above it.
 
     Args:
-        path: path of the document.
         check: whether to only check that the tables are up to date, without changing the document.
 
     Raises:
@@ -156,17 +147,17 @@ def update_tables_of_document(path: str, check: bool) -> None:
 
 
 def make_table_with_command_in_comment(match: re.Match) -> str:
-    """Run the command in a "made by" comment, and return the comment with the new table below it."""
+    """Run the command in a comment of a markdown document, and return the comment with the new table below it."""
     comment, command = match[1], match[2]
     try:
         words = shlex.split(command)
     except ValueError as error:
         raise UserError(
-            f"cannot run the command {command!r} of a 'made by' comment ({error}): correct the command"
+            f"cannot run the command {command!r} in the comment above a table ({error}): correct the command"
         ) from None
     program = PROGRAM.split()
     if words[: len(program)] != program:
-        raise UserError(f"the command {command!r} of a 'made by' comment must start with {PROGRAM!r}: correct it")
+        raise UserError(f"the command {command!r} in the comment above a table must start with {PROGRAM!r}: correct it")
     arguments = []
     for word in words[len(program) :]:
         arguments += sorted(glob.glob(word)) or [word]
@@ -174,10 +165,10 @@ def make_table_with_command_in_comment(match: re.Match) -> str:
         args = parse_arguments(arguments)
     except SystemExit:  # argparse has already printed an error message
         raise UserError(
-            f"cannot run the command {command!r} of a 'made by' comment: correct the command, see the error above"
+            f"cannot run the command {command!r} in the comment above a table: correct the command, see the error above"
         ) from None
     if not args.markdown:
-        raise UserError(f"the command {command!r} of a 'made by' comment makes no markdown table: add --markdown to it")
+        raise UserError(f"the command {command!r} in the comment above a table prints no table: add --markdown to it")
     return f"{comment}\n{make_markdown_table(args)}"
 
 

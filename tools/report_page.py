@@ -1,7 +1,6 @@
 """Write a web page that shows the test results of a detector.
 
-The page shows metrics with bootstrap intervals, ROC curves, robustness curves and the images with the worst scores. The
-page is one HTML file that contains all figures and thumbnails. The page runs no scripts and loads no other files.
+The page is one HTML file that contains all figures and thumbnails.
 """
 
 import base64
@@ -47,10 +46,7 @@ class Scores(NamedTuple):
 
     @property
     def detector(self) -> str:
-        """The weight hashes of the classifier and the re-synthesizer, as one text.
-
-        The text is "" if the JSON file of the score table is missing or has no entry "detector".
-        """
+        """The weight hashes of the classifier and the re-synthesizer as one text, or "" if no detector was recorded."""
         recorded = self.record.get("detector")
         if not isinstance(recorded, dict):
             return ""
@@ -98,12 +94,10 @@ def choose_names_of_score_tables(files: Sequence[str | os.PathLike]) -> list[str
 def write_report_page(
     tables: Sequence[Scores], out: str | os.PathLike, residuals: str | os.PathLike | None = None
 ) -> Path:
-    """Write the web page OUT/report.html.
+    """Write the web page OUT/report.html, and return its path.
 
     Args:
         residuals: folder into which `test.py --save-residuals` drew residuals, or None for a page without residuals.
-    Returns:
-        The path of the page.
     Raises:
         UserError: if the page cannot be written, or report.html exists and was not written by this program.
     """
@@ -133,8 +127,7 @@ def write_report_page(
 def load_page_template() -> jinja2.Template:
     """Load the jinja2 template report.html.
 
-    The template escapes HTML characters in inserted texts and replaces unprintable characters. If an entry is missing
-    in the JSON file of a score table, the page shows nothing in its place.
+    If an entry is missing in the JSON file of a score table, the page shows nothing in its place.
     """
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
@@ -167,8 +160,6 @@ def group_score_tables_by_detector(tables: Sequence[Scores]) -> list[list[Scores
 def draw_robustness_curves(tables: Sequence[Scores]) -> str | None:
     """Draw the AUROC of one detector as a function of the strength of each perturbation.
 
-    Args:
-        tables: all score tables of the detector, of perturbed and of unperturbed images.
     Returns:
         A PNG data URI, or None if no perturbation was tested at two or more strengths.
     """
@@ -187,7 +178,6 @@ def draw_figure_as_data_uri(figure: Callable, *content) -> str:
 
     Args:
         figure: function of `evaluation.figures` whose last argument is the path of the PNG file to write.
-        content: all arguments of the function `figure` except the path.
     """
     with TemporaryDirectory() as folder:
         path = Path(folder, "figure.png")
@@ -200,10 +190,7 @@ def encode_bytes_as_data_uri(content: bytes, kind: str) -> str:
 
 
 def perturbation_sorting_key(scores: Scores) -> tuple[str, float]:
-    """Return a key for sorting score tables by the name of their perturbation.
-
-    The key sorts score tables with the same perturbation by the strength of the perturbation, the weakest first.
-    """
+    """Return a key that sorts score tables by the name of their perturbation and its strength, weakest first."""
     strength = scores.perturbation.strength or 0
     if scores.perturbation.sweep.smaller_is_harder:
         strength = -strength

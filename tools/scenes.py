@@ -1,8 +1,7 @@
-"""Draw scenes: random images of overlapping shapes.
+"""Draw scenes: random images of overlapping shapes (dead leaves model).
 
-Later shapes cover earlier shapes (dead leaves model). The probability density of the radius r of a shape is
-proportional to r^-3. Images of overlapping shapes resemble photographs in their edges, scale invariance and spectrum
-(Lee, Mumford, Huang, IJCV 2001; Achddou, Gousseau, Ladjal, SSVM 2021).
+Images of overlapping shapes resemble photographs in their edges, scale invariance and spectrum (Lee, Mumford, Huang,
+IJCV 2001; Achddou, Gousseau, Ladjal, SSVM 2021).
 """
 
 import numpy as np
@@ -11,11 +10,11 @@ from PIL import Image, ImageDraw
 from torchvision.transforms.v2.functional import gaussian_blur
 
 SUPERSAMPLING = 2  # images are drawn at twice their size and then averaged over 2 x 2 pixels, which smooths the edges
-SMALLEST_RADIUS = (1.0, 4.0)  # range of the smallest shape radius in pixels; a random value is used for each image
+SMALLEST_RADIUS = (1.0, 4.0)  # range of the smallest shape radius in pixels
 LARGEST_RADIUS = 0.45  # largest shape radius, as a fraction of the image side
-COVERAGE = 4.0  # sum of pi * radius^2 over all shapes, divided by the image area; leaves about 11 % background
+COVERAGE = 4.0  # sum of pi * radius^2 over all shapes, divided by the image area
 POINTS = 24  # number of points per outline; a multiple of each number in CORNERS
-CORNERS = (3, 4, 6, 24, 24)  # numbers of corners of a shape; 24 (nearly an ellipse) is twice as likely as 3
+CORNERS = (3, 4, 6, 24, 24)  # numbers of corners of a shape; 24 corners are nearly an ellipse
 LENS_BLUR = (0.4, 1.2)  # the standard deviation of the lens blur is drawn from this range, in pixels
 # Luminance, blue-yellow and red-green vary nearly independently in photographs (Ruderman, Cronin, Chiao, JOSA A 1998)
 OPPONENT_TO_RGB = np.array([[1, 1, 1], [1, 0.3, -1.1], [1, -0.9, 0.2]])
@@ -40,8 +39,7 @@ def draw_polygons_filled_with_their_numbers(side: int, rng: np.random.Generator)
     """Paint random polygons over one another.
 
     Returns:
-        The index of the visible shape at each pixel, (side, side), and the number of shapes. The background has index
-        0, and does not count as a shape.
+        The index of the visible shape at each pixel (0 for the background), (side, side), and the number of shapes.
     """
     low, high = np.log(SMALLEST_RADIUS)
     smallest = SUPERSAMPLING * np.exp(rng.uniform(low, high))
@@ -74,8 +72,7 @@ def give_shapes_random_colours_and_textures(shapes: np.ndarray, count: int, rng:
     """Give each shape a random colour and texture.
 
     Args:
-        shapes: index of the visible shape at each pixel, (S, S). Index 0 is the background.
-        count: number of shapes.
+        shapes: index of the visible shape at each pixel (0 for the background), (S, S).
     Returns:
         The RGB image, float32 (S, S, 3), with values of about 0 to 1.
     """
@@ -100,7 +97,7 @@ def draw_fractal_noise(side: int, rng: np.random.Generator) -> np.ndarray:
     frequency[0, 0] = 1  # avoids a division by zero
     white = torch.from_numpy(rng.standard_normal((side, side), dtype=np.float32))
     spectrum = torch.fft.rfft2(white) / frequency
-    spectrum[0, 0] = 0  # makes the mean of the noise 0
+    spectrum[0, 0] = 0
     noise = torch.fft.irfft2(spectrum, s=(side, side))
     return (noise / noise.std()).numpy()
 

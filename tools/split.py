@@ -2,12 +2,10 @@
 
     python -m tools.split --data-root-pos REAL_DIR --data-root-neg GENERATED_DIR [...] --out DIR [--hold-out 0.2]
 
-The program writes the lists DIR/train.csv and DIR/held_out.csv with the columns path,label,generator. train_detector.py
-reads train.csv with the option --csv, and held_out.csv with the option --val-csv. For train_sr.py, the program also
-writes DIR/train_real.txt and DIR/held_out_real.txt, which list only the real images. A checksum of the file name
-decides whether an image is held out. If the program runs again with more images and the same --hold-out, the images of
-the earlier run stay in the same sets. DIR/split.json contains the value of --hold-out and the SHA-256 hashes of the
-lists.
+The program writes the lists DIR/train.csv and DIR/held_out.csv with the columns path,label,generator. For train_sr.py,
+the program also writes DIR/train_real.txt and DIR/held_out_real.txt, which list only the real images. A checksum of the
+file name decides whether an image is held out, so the image stays in the same set if the program runs again with more
+images and the same --hold-out.
 """
 
 import argparse
@@ -78,16 +76,10 @@ def parse_arguments(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def check_that_lists_may_be_replaced(out: Path, hold_out: float, overwrite: bool) -> None:
-    """Check that the program may replace existing lists in the output folder.
-
-    The program may replace only lists that it wrote itself and that nobody edited.
+    """Raise a UserError if the output folder contains a list that the program did not write, or that somebody edited.
 
     Args:
-        hold_out: value of --hold-out for the new lists.
         overwrite: whether the program may replace lists that were made with a different value of --hold-out.
-
-    Raises:
-        UserError: if the program may not replace an existing list.
     """
     names = [f"{name}{ending}" for name in SETS for ending in (".csv", "_real.txt")]
     present = [name for name in (*names, RECORD) if os.path.lexists(out / name)]
@@ -109,7 +101,7 @@ def check_that_lists_may_be_replaced(out: Path, hold_out: float, overwrite: bool
 
 
 def read_split_json(path: Path) -> dict:
-    """Read split.json, which an earlier run of this program wrote. Returns {} if the file cannot be read."""
+    """Read split.json. Returns {} if the file cannot be read."""
     try:
         record = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -158,13 +150,10 @@ def make_list_of_real_images(items: Sequence[Item]) -> bytes:
 
 
 def write_split_lists(out: Path, files: Mapping[str, bytes], hold_out: float) -> None:
-    """Write the lists and split.json.
+    """Write the lists, and split.json with their SHA-256 hashes.
 
-    While the program writes the lists, split.json contains the hashes of the old and the new version of each list. If
-    the program is interrupted, its next run therefore recognises the old and the new lists as its own.
-
-    Args:
-        files: content of each list, {file name: content}.
+    While the program writes the lists, split.json contains the hashes of the old and the new version of each list, so
+    that the program recognises both as its own after an interruption.
     """
     old = read_split_json(out / RECORD).get("files", {})
     new = {name: [hashlib.sha256(content).hexdigest()] for name, content in files.items()}

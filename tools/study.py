@@ -1,16 +1,15 @@
-"""Make tables that compare the metrics of detectors. A study file describes the tables.
+"""Make tables that compare the metrics of detectors.
 
-A study file is a CSV file. Each line names a cell of a table, and the score table (CSV file of test.py) from which
-the cell is computed, for example:
+Each line of a study file (CSV) names a cell of a table, and the score table (CSV file of test.py) from which the cell
+is computed, for example:
 
     table,row,column,scores,generators
     main,pixel residual,seen,pixel_on_dalle_mini.csv,dalle_mini
     main,pixel residual,unseen,pixel_on_dalle_mini.csv,stable_diffusion;stylegan2
 
-The entry `scores` is the path of a score table, relative to the folder of the study file. The entry `generators` names
-generators, separated by semicolons. If the entry `generators` is empty, all generators of the score table are used.
-Each line yields one number: the mean of a metric over the generators that the line selects. If several lines belong to
-the same cell, for example one line per random seed, the cell shows the mean of their numbers.
+The entry `scores` is the path of a score table, relative to the folder of the study file. If the entry `generators` is
+empty, all generators of the score table are used. A cell shows the mean of a metric over the generators of a line and
+over all lines that name the cell, for example one line per random seed.
 """
 
 import csv
@@ -71,14 +70,11 @@ def make_metric_table_of_study(path: str, table: str, metric: str, intervals: bo
     """Make one table of a study, with numbers in percent.
 
     Args:
-        path: path of the study file.
-        table: name of the table.
         metric: name of the metric, a key of `metrics.METRICS`.
-        intervals: whether to show how uncertain each number is. If several lines of the study file belong to a cell,
-            the metric is computed for each line, and the cell also shows the smallest and the largest result. If a
-            single line with a single generator belongs to a cell, the cell also shows the bootstrap interval.
+        intervals: whether to add the range over the lines of the study file that belong to a cell or, for a single line
+            with a single generator, the bootstrap interval.
     Returns:
-        A list of rows, each a list of cells. The first row is the heading.
+        The rows of the table, each a list of cells, with the heading as the first row.
     Raises:
         UserError: if the study file has no line for `table`, or if a score table cannot be read.
     """
@@ -87,7 +83,7 @@ def make_metric_table_of_study(path: str, table: str, metric: str, intervals: bo
     if not chosen:
         names = ", ".join(dict.fromkeys(entry.table for entry in entries))
         raise UserError(f"{make_printable(path)} has no table {table!r}: expected one of {make_printable(names)}")
-    row_names = list(dict.fromkeys(entry.row for entry in chosen))  # without duplicates, in the order of the file
+    row_names = list(dict.fromkeys(entry.row for entry in chosen))
     column_names = list(dict.fromkeys(entry.column for entry in chosen))
     rows = [[metrics.METRICS[metric].label, *map(make_printable, column_names)]]
     for row in row_names:
@@ -149,5 +145,5 @@ def metrics_by_generator(entry: Entry, intervals: bool) -> dict[str, dict]:
 
 @functools.cache
 def compute_metrics_of_score_table(path: Path, intervals: bool) -> dict:
-    """Compute all metrics of a score table. intervals: whether to compute bootstrap intervals, which takes long."""
+    """Compute all metrics of a score table, with bootstrap intervals, which take long, if `intervals` is True."""
     return metrics.compute_metrics_overall_and_per_generator(read_table(path), metrics.RESAMPLES if intervals else 0)

@@ -1,8 +1,8 @@
-"""Make fake copies of photographs. A fake copy, also called twin, contains the traces of a generator.
+"""Make twins: fake copies of photographs that contain the traces of a generator.
 
-A twin has the content, the file format and the size of the photograph. A detector that is trained on photographs and
-their twins therefore cannot learn to recognise fake images by their content. Training with twins follows B-Free
-(Guillaro et al., CVPR 2025), Aligned Forensics (Rajan et al., 2024) and DDA (Chen et al., 2025).
+A detector that is trained on photographs and their twins cannot learn to recognise fake images by their content.
+Training with twins follows B-Free (Guillaro et al., CVPR 2025), Aligned Forensics (Rajan et al., 2024) and DDA (Chen et
+al., 2025).
 """
 
 import logging
@@ -36,11 +36,7 @@ Imitate = Callable[[Tensor], Tensor]
 def write_fake_copies(photographs: str, out: Path, imitate: Imitate) -> None:
     """Write a fake copy (twin) of each image in the folder `photographs`.
 
-    The twin has the same path in `out` as the image in `photographs`. The function logs a warning for each image that
-    cannot be read, and for each twin that cannot be written.
-
-    Args:
-        imitate: function that adds the traces of a generator to an image.
+    The twin has the same path in `out` as the image in `photographs`.
 
     Raises:
         UserError: if not a single twin could be written.
@@ -122,14 +118,10 @@ def is_lossless_webp(path: str) -> bool:
 
 
 def pad_image_and_make_fake_copy(x: Tensor, imitate: Imitate) -> Tensor:
-    """Compute the fake copy (twin) of an image of any size.
-
-    The function pads the image, so that its height and width are multiples of FACTOR, as `imitate` requires. At the
-    end, the function cuts the padding off the twin.
+    """Compute the fake copy (twin) of an image whose height and width need not be multiples of FACTOR.
 
     Args:
         x: the image, (1, 3, H, W) in [0, 1].
-        imitate: function that computes the twin of the padded image.
     Returns:
         The twin, (1, 3, H, W) in [0, 1].
     """
@@ -141,11 +133,7 @@ def pad_image_and_make_fake_copy(x: Tensor, imitate: Imitate) -> Tensor:
 
 
 def create_upsampling_function(seed: int) -> Imitate:
-    """Create a function that imitates a generator by nearest-neighbour up-sampling, noise and a random filter.
-
-    Args:
-        seed: random seed of the noise and of the random filters.
-    """
+    """Create a function that imitates a generator by nearest-neighbour up-sampling, noise and a random filter."""
     rng = seeded_generator(seed)
 
     def imitate_generator_by_upsampling(x: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """Simulate the traces that up-sampling layers of generators leave in images.
 
-Images are reduced to half their size, and up-sampled to the full size. Up-sampling leaves periodic traces in images of
-any content (Zhang, Karaman, Chang: Detecting and simulating artifacts in GAN fake images, WIFS 2019). ProGAN up-samples
-by nearest-neighbour interpolation, and StyleGAN by bilinear interpolation.
+Up-sampling leaves periodic traces in images of any content (Zhang, Karaman, Chang: Detecting and simulating artifacts
+in GAN fake images, WIFS 2019). ProGAN up-samples by nearest-neighbour interpolation, and StyleGAN by bilinear
+interpolation.
 """
 
 import numpy as np
@@ -13,21 +13,18 @@ from torch import Tensor
 KINDS = ("nearest", "bilinear")
 FILTER_WEIGHT = (0.05, 0.25)  # range of the outer weights of the random 3-tap filter; the centre weight is 1
 NOISE = 0.4  # standard deviation of the noise, as a multiple of the mean of |image - low-pass filtered image|
-BINOMIAL = torch.tensor([0.25, 0.5, 0.25])  # weights of a 3-tap low-pass filter, which removes fine detail
+BINOMIAL = torch.tensor([0.25, 0.5, 0.25])  # weights of a 3-tap low-pass filter
 STRONGEST_GAIN = 3.0  # largest factor by which fine detail is amplified
 
 
 def halve_and_upsample(x: Tensor, kind: str, rng: np.random.Generator) -> Tensor:
     """Reduce images to half their size, up-sample them, add noise, and convolve them with a random filter.
 
-    At the end, the function sharpens the images, so that fine detail is about as strong as in the original images `x`.
-    Sharpening amplifies the fine detail by a factor of at most STRONGEST_GAIN. Without sharpening, a detector could
-    recognise fake images by blur alone.
+    The images are also sharpened, because a detector could otherwise recognise fake images by blur alone.
 
     Args:
         x: the images, (B, 3, H, W) in [0, 1]. H and W must be even and at least 4.
         kind: kind of up-sampling, "nearest" or "bilinear".
-        rng: random number generator for the noise and the filter.
     Returns:
         The images with the traces of up-sampling, (B, 3, H, W) in [0, 1].
     """
@@ -44,14 +41,7 @@ def halve_and_upsample(x: Tensor, kind: str, rng: np.random.Generator) -> Tensor
 
 
 def convolve_rows_and_columns(x: Tensor, line: Tensor) -> Tensor:
-    """Convolve each channel with three weights along the rows, and with the same weights along the columns.
-
-    Args:
-        x: the images, (B, 3, H, W).
-        line: the three weights of the filter.
-    Returns:
-        The filtered images, (B, 3, H, W).
-    """
+    """Convolve each channel of images x (B, 3, H, W) with the three weights `line` along the rows and the columns."""
     kernel = torch.outer(line, line).expand(3, 1, 3, 3)
     padded = F.pad(x, (1, 1, 1, 1), mode="reflect")
     return F.conv2d(padded, kernel, groups=3)

@@ -1,13 +1,7 @@
-"""Checkpoint files.
+"""Functions that write and read checkpoints, which are files that hold a dictionary of tensors and plain values.
 
-A checkpoint is written completely or not at all. Reading a checkpoint executes no code from the file. The class
-`Fields` checks the type and the range of plain values from a checkpoint.
-
-A checkpoint whose name ends in .safetensors is called a bundle. Bundles are safe to share, because they contain no
-pickled Python objects. The content of a checkpoint is a dictionary `content`. A bundle stores the tensor content["a"]
-under the name "a", and the tensor content["a"]["b"] under the name "a/b". The plain values of a checkpoint (numbers,
-texts, lists, dictionaries) are stored as one JSON text in the metadata of the bundle. The model card, which is a text
-that describes the detector, is a separate entry of the metadata.
+Reading a checkpoint executes no code from the file. In a bundle, which is a checkpoint whose name ends in .safetensors,
+the tensor content["a"] has the name "a", and the tensor content["a"]["b"] has the name "a/b".
 """
 
 import hashlib
@@ -42,7 +36,7 @@ class Checkpoint(NamedTuple):
 
 
 def read_checkpoint_if_path_is_given(path: str | os.PathLike | None) -> Checkpoint | None:
-    """Read a checkpoint, and keep its path for error messages. Returns None if `path` is None or empty."""
+    """Read a checkpoint, or return None if `path` is None or empty."""
     if not path:
         return None
     return Checkpoint(read_checkpoint_content(path), str(path))
@@ -54,10 +48,8 @@ def read_checkpoint_if_path_is_given(path: str | os.PathLike | None) -> Checkpoi
 def save_checkpoint(content: dict, path: str | os.PathLike) -> None:
     """Write a checkpoint completely or not at all.
 
-    If the checkpoint cannot be written, an earlier file at `path` stays unchanged.
-
     Raises:
-        UserError: if the file cannot be written, for example because the disk is full.
+        UserError: if the file cannot be written.
     """
     if is_safetensors_path(path):
         data = _convert_to_safetensors_bytes(content)
@@ -75,8 +67,6 @@ def save_checkpoint(content: dict, path: str | os.PathLike) -> None:
 
 def read_checkpoint_content(path: str | os.PathLike) -> dict:
     """Read the content of a checkpoint onto the CPU.
-
-    Only tensors and plain values are accepted, so that no code in the file is run.
 
     Raises:
         UserError: if the file is missing or truncated, is not a checkpoint, or would run code when it is unpickled.
@@ -124,13 +114,7 @@ def _reason_for_failed_load(path: Path, error: Exception) -> str:
 
 
 def compute_fingerprint(weights: nn.Module | Mapping[str, Tensor]) -> str:
-    """Compute a fingerprint of weights. Equal weights have equal fingerprints.
-
-    The fingerprint is the first 16 hex digits of the SHA-256 of the names, types, shapes and values of the tensors.
-
-    Args:
-        weights: a module or a state dict.
-    """
+    """Return the first 16 hex digits of the SHA-256 of the names, types, shapes and values of `weights`."""
     if isinstance(weights, nn.Module):
         weights = weights.state_dict()
     return compute_sha256(weights)[:FINGERPRINT_DIGITS]
@@ -138,8 +122,6 @@ def compute_fingerprint(weights: nn.Module | Mapping[str, Tensor]) -> str:
 
 def load_weights(module: nn.Module, state: Mapping[str, Tensor], name: str) -> None:
     """Load a state dict into a module with the same keys and tensor shapes.
-
-    If a key or a shape differs, all weights of `module` stay unchanged.
 
     Raises:
         UserError: if keys are missing or unknown, or if shapes differ.
@@ -190,10 +172,7 @@ class Fields:
     if the caller passes no `default`.
 
     Args:
-        values: the dictionary, or None for an empty dictionary.
-        file: name of the file, for error messages.
-        path: keys that lead to `values` in the file, joined by dots, for error messages. For the dictionary
-            content["config"]["images"], `path` is "config.images".
+        path: keys that lead to `values` in the file, for error messages, such as "config.images".
 
     Raises:
         UserError: if `values` is neither a mapping nor None.
@@ -242,7 +221,7 @@ class Fields:
         return value
 
     def get_text_field(self, key: str, choices: Sequence[str] = (), default: object = _REQUIRED) -> str:
-        """Return the text stored under `key`. If `choices` is not empty, the text must be in `choices`."""
+        """Return the text under `key`, which must be in `choices` if `choices` is not empty."""
         if not self.has_value_other_than_none(key):
             return self._get_default_of_missing_field(key, default)
         value = self.values[key]
@@ -302,11 +281,7 @@ def is_safetensors_path(path: str | os.PathLike) -> bool:
 
 
 def _convert_to_safetensors_bytes(content: Mapping) -> bytes:
-    """Convert the content of a checkpoint to the bytes of a bundle (a .safetensors file).
-
-    Args:
-        content: tensors, dictionaries of tensors, and plain values that JSON can represent.
-    """
+    """Convert the content of a checkpoint to the bytes of a bundle (a .safetensors file)."""
     tensors, values = {}, {}
     for key, value in content.items():
         if isinstance(value, Tensor):
@@ -323,12 +298,7 @@ def _convert_to_safetensors_bytes(content: Mapping) -> bytes:
 
 
 def _read_safetensors_file(path: Path) -> dict:
-    """Read a bundle (a .safetensors file), and convert it back to the content of a checkpoint.
-
-    Raises:
-        UserError: if the format in the bundle's metadata differs from the constant `BUNDLE`.
-        UserError: if the content of the bundle has changed since the bundle was written.
-    """
+    """Read a bundle (a .safetensors file), and convert it back to the content of a checkpoint."""
     with _import_safetensors().safe_open(path, "pt") as file:
         metadata = file.metadata() or {}
         tensors = {key: file.get_tensor(key) for key in file.keys()}

@@ -33,7 +33,7 @@ class Compute(NamedTuple):
         return x.contiguous(memory_format=torch.channels_last)
 
     def autocast(self) -> torch.autocast:
-        """Return the autocast context for bf16 and fp16. For fp32 and tf32, autocast is disabled in the context."""
+        """Return a context in which autocast is enabled for bf16 and fp16, and disabled for fp32 and tf32."""
         dtype = AUTOCAST_TYPES.get(self.precision)
         return torch.autocast(self.device.type, dtype, enabled=dtype is not None)
 
@@ -43,16 +43,12 @@ def choose_device_and_precision(
 ) -> Compute:
     """Choose the device and the number format, and set PyTorch's global switches accordingly.
 
-    If the device is a GPU, this function switches TF32 on or off for the whole process.
-
     Args:
         gpu: the device, as explained in `choose_device`.
-        precision: auto, fp32, tf32, bf16 or fp16. On a GPU, auto means tf32, as in the code of the paper's authors. On
-            a CPU, auto means fp32.
-        deterministic: True switches PyTorch to reproducible algorithms. If `deterministic` is False, cuDNN chooses the
-            fastest algorithm for each input shape. If `deterministic` is None, PyTorch's switches for reproducible
-            algorithms stay unchanged.
-        seed: seed of PyTorch's random numbers. If `seed` is None, PyTorch's random numbers are not seeded.
+        precision: auto, fp32, tf32, bf16 or fp16, where auto means tf32 on a GPU and fp32 on a CPU.
+        deterministic: True for reproducible algorithms, False for the fastest algorithms, or None to keep PyTorch's
+            present switches.
+        seed: seed of PyTorch's random numbers, or None to keep the present state of PyTorch's generator.
 
     Raises:
         UserError: if the machine does not have the device, or if the device cannot use the number format.
@@ -84,21 +80,17 @@ def _set_deterministic(deterministic: bool) -> None:
 
 
 def choose_device(gpu: str | int | torch.device | None) -> torch.device:
-    """Choose the device. If the device is a GPU, make it PyTorch's current device.
+    """Choose the device, and make it PyTorch's current device if it is a GPU.
 
-    Under torchrun, a process that runs on a GPU uses the GPU with the number LOCAL_RANK by default. LOCAL_RANK is
-    ignored if `gpu` is an int, a torch.device with an index, or a text such as "cuda:1". If `gpu` is a text of digits,
-    such as "1", LOCAL_RANK replaces the number.
+    Under torchrun, a process on a GPU uses the GPU with the number LOCAL_RANK, unless `gpu` is an int, a torch.device
+    with an index, or a text such as "cuda:1".
 
     Args:
-        gpu: None means the first GPU or, on a machine without a GPU, the CPU. A number means the GPU with this number.
-            On a machine without a GPU, a number means the CPU, and a warning is logged. `gpu` may also be "cpu",
-            "cuda", "cuda:1", or a torch.device.
+        gpu: None, the number of a GPU, "cpu", "cuda", "cuda:1", or a torch.device. None means the first GPU. On a
+            machine without a GPU, None or a number means the CPU.
 
     Raises:
-        UserError: if `gpu` does not describe a device, for example "gpu1".
-        UserError: if the machine has GPUs, but not the chosen GPU.
-        UserError: if the machine has no GPU, and `gpu` is a CUDA device such as "cuda:1".
+        UserError: if `gpu` does not describe a device, or if the machine does not have the device.
     """
     available = torch.cuda.device_count() if torch.cuda.is_available() else 0
     is_number = isinstance(gpu, int) or (isinstance(gpu, str) and gpu.isdecimal())

@@ -24,9 +24,8 @@ def is_main_process() -> bool:
 def wait_while_main_process_prints_error() -> None:
     """Wait MISTAKE_DELAY seconds in every process except the main process, before the caller prints an error.
 
-    A user's mistake usually raises the same error in all processes of a run. While the other processes wait, the main
-    process prints the error and exits, and torchrun then ends the other processes. An error that does not occur in the
-    main process is printed MISTAKE_DELAY seconds later.
+    While the other processes wait, the main process usually prints the same error and exits, and torchrun then ends the
+    other processes.
     """
     if not is_main_process():
         time.sleep(MISTAKE_DELAY)
@@ -46,10 +45,8 @@ def progress_bar(items: Iterable | None, description: str, total: int | None = N
     """Show the progress of a loop: as a bar in a terminal, and otherwise as a log line every LOG_SECONDS seconds.
 
     Args:
-        items: the items over which the caller iterates. If `items` is None, the caller reports progress by `.update(n)`.
-        description: text in front of the progress bar.
-        total: number of items. The argument `total` is required if `items` has no length.
-        unit: name of one item.
+        items: the items of the loop, or None if the caller reports progress by `.update(n)`.
+        total: number of items, which is required if `items` has no length.
     """
     options = {"total": total, "unit": unit, "leave": False, "disable": not is_main_process()}
     if not sys.stderr.isatty():
@@ -61,7 +58,7 @@ def progress_bar(items: Iterable | None, description: str, total: int | None = N
 
 
 def make_printable(text: str | os.PathLike) -> str:
-    """Escape control characters and lone surrogates in a path or text, so that the result can be printed as one line."""
+    """Escape control characters and lone surrogates in a path or text, so that the result is one printable line."""
     characters = []
     for character in os.fspath(text):
         if not character.isprintable():
@@ -71,12 +68,7 @@ def make_printable(text: str | os.PathLike) -> str:
 
 
 def format_text_table(rows: Sequence[Sequence[str]], left: int = 1) -> str:
-    """Format rows of cells as lines with aligned columns.
-
-    Args:
-        rows: the cells of each row.
-        left: The first `left` columns are aligned to the left, and all other columns to the right.
-    """
+    """Format rows of cells as lines, with the first `left` columns aligned to the left, the others to the right."""
     widths = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
     lines = []
     for row in rows:

@@ -1,7 +1,7 @@
 """Functions for runs with several processes, which torchrun starts.
 
 Gradients are summed by one all-reduce after the backward pass rather than by DistributedDataParallel. Each process
-divides its loss by the number of images in the batches of all processes. Several processes therefore compute the same
+divides its loss by the number of images in the batches of all processes, so that several processes compute the same
 update as a single process, even if the processes hold different numbers of images.
 """
 
@@ -18,8 +18,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from utils.errors import UserError
 
-# A process may wait for hours until a slower process has scored its images. A long wait is therefore no error.
-# If a process fails, torchrun ends all processes.
+# A long wait is no error, because a process may wait for hours until a slower process has scored its images
 TIMEOUT = timedelta(days=30)
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
@@ -38,13 +37,10 @@ class World(NamedTuple):
 def read_rank_and_world_size() -> World:
     """Read the environment variables RANK and WORLD_SIZE, which torchrun sets.
 
-    If RANK and WORLD_SIZE are both unset, this process is the only process of the run. RANK without WORLD_SIZE is an
-    error: a single process with RANK=1 would write no results, because only rank 0 writes results.
+    If RANK and WORLD_SIZE are both unset, this process is the only process of the run.
 
     Raises:
-        UserError: if only one of RANK and WORLD_SIZE is set.
-        UserError: if RANK or WORLD_SIZE is not a number, or if RANK is not less than WORLD_SIZE.
-        UserError: if a run with several processes lacks MASTER_ADDR or MASTER_PORT.
+        UserError: if the environment variables of torchrun are incomplete or invalid.
     """
     given = {name: os.environ[name] for name in LAUNCHER_VARIABLES if name in os.environ}
     if "RANK" not in given and "WORLD_SIZE" not in given:
@@ -65,7 +61,7 @@ def read_rank_and_world_size() -> World:
 
 
 def read_local_rank() -> int | None:
-    """Read LOCAL_RANK, the number of this process on its machine. Returns None if LOCAL_RANK is not set.
+    """Read LOCAL_RANK, the number of this process on its machine, or return None if LOCAL_RANK is not set.
 
     Raises:
         UserError: if LOCAL_RANK is not a number.
@@ -87,17 +83,13 @@ def connect_processes(device_type: str) -> Iterator[World]:
     Args:
         device_type: type of the device on which the processes exchange tensors, "cuda" or "cpu".
 
-    Yields:
-        the `World` of this process.
-
     Raises:
-        UserError: if the environment variables of torchrun are incomplete.
+        UserError: if the environment variables of torchrun are incomplete or invalid.
     """
     world = read_rank_and_world_size()
     if world.size > 1:
         store, _, _ = next(rendezvous("env://", world.rank, world.size, timeout=TIMEOUT))
-        # After a restart, the key-value store of torchrun still holds the keys of the ended processes.
-        # Every key therefore starts with the number of restarts, so that no key of an ended process is read.
+        # After a restart, torchrun's store still holds the old keys, so every key starts with the number of restarts
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
         backend = "nccl" if device_type == "cuda" else "gloo"
         dist.init_process_group(backend, timeout=TIMEOUT, store=store, rank=world.rank, world_size=world.size)
@@ -109,7 +101,7 @@ def connect_processes(device_type: str) -> Iterator[World]:
 
 
 def all_reduce_gradients(parameters: Iterable[nn.Parameter], world: World) -> None:
-    """Replace each gradient by its sum over all processes, in one collective call. A missing gradient counts as 0."""
+    """Replace each gradient by its sum over all processes, where a missing gradient counts as 0."""
     if world.size == 1:
         return
     parameters = [p for p in parameters if p.requires_grad]
@@ -139,10 +131,7 @@ def _all_reduce(values: Tensor, world: World, operation: dist.ReduceOp) -> Tenso
 
 
 def all_gather_rows(rows: Tensor, world: World) -> Tensor:
-    """Concatenate the tensors `rows` of all processes along dimension 0, ordered by rank.
-
-    Every process gets the result, which is on the CPU.
-    """
+    """Return, on the CPU, the tensors `rows` of all processes, concatenated along dimension 0 in the order of ranks."""
     gathered = [rows.cpu()] * world.size
     if world.size > 1:
         dist.all_gather_object(gathered, rows.cpu())

@@ -24,10 +24,7 @@ PEER_ENDED = ("closed by peer", "Connection reset", "Connection closed", "NCCL")
 
 
 class UserError(ValueError):
-    """An error that the user can correct.
-
-    The message is one line that says what was expected, what was found, and what the user can do.
-    """
+    """An error that the user can correct."""
 
 
 def is_machine_fault(error: Exception) -> bool:
@@ -36,7 +33,7 @@ def is_machine_fault(error: Exception) -> bool:
 
 
 def is_gpu_fault(error: Exception) -> bool:
-    """Return whether an exception shows that the GPU has failed, so that the program cannot use it any more."""
+    """Return whether an exception shows that the GPU has failed."""
     return isinstance(error, RuntimeError) and str(error).startswith("CUDA error")
 
 
@@ -46,13 +43,10 @@ def describe_exception(error: Exception) -> str:
 
 
 def run_program(main: Callable[[], int | None]) -> int:
-    """Run a program. A user's mistake or a signal is reported by one log line instead of a traceback.
-
-    Args:
-        main: function that runs the program. `main` returns the exit status, or None for the exit status 0.
+    """Run a program, and report a user's mistake or a signal by one log line instead of a traceback.
 
     Returns:
-        the exit status of `main`; or 2 after a user's mistake, 130 after SIGINT, 143 after SIGTERM.
+        the exit status of `main`, where None means 0; or 2 after a user's mistake, 130 after SIGINT, 143 after SIGTERM.
     """
     level = logging.INFO if is_main_process() else logging.WARNING
     logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr, force=True)

@@ -46,10 +46,8 @@ def remove_leftover_temporary_files(folder: Path, names: str = ".+", age: float 
     """Delete the temporary files of `open_for_atomic_write` that a killed process has left in a folder.
 
     Args:
-        folder: the folder that contains the temporary files.
-        names: regular expression for NAME in the name .NAME.N.tmp of a temporary file. The temporary file is deleted
-            only if the whole NAME matches.
-        age: a temporary file is deleted only if it has not changed for this number of seconds.
+        names: regular expression for the whole NAME in the name .NAME.N.tmp of a temporary file.
+        age: a temporary file is kept if it has changed within this number of seconds.
     """
     for path in folder.glob(".*.tmp"):
         match = TEMPORARY.fullmatch(path.name)
@@ -79,12 +77,7 @@ def write_json(path: Path, obj: dict) -> None:
 
 
 def require_new_or_marked_file(path: Path, mark: bytes) -> None:
-    """Raise a UserError if something exists at `path` that is not an earlier output of the program.
-
-    Args:
-        path: path at which the program will write its output.
-        mark: bytes that every output of the program contains.
-    """
+    """Raise a UserError if something other than a file that contains the bytes `mark` exists at `path`."""
     if os.path.lexists(path) and not (path.is_file() and mark in path.read_bytes()):
         raise UserError(
             f"{make_printable(path)} was not written by this program, so it is not replaced: give another output path,"
@@ -96,7 +89,7 @@ def make_folder(path: str | os.PathLike) -> Path:
     """Create a folder and its parents, and check that files can be written into it.
 
     Raises:
-        UserError: if the folder cannot be created, or if no file can be written into it.
+        UserError: if the folder cannot be created, or if no file can be written into the folder.
     """
     try:
         os.makedirs(path, exist_ok=True)
@@ -110,17 +103,10 @@ def make_folder(path: str | os.PathLike) -> Path:
 def hold_lock_file(path: Path, world: World) -> Iterator[None]:
     """Hold a lock file while the `with` block runs, so that a second run cannot write into the folder of the lock file.
 
-    The main process holds the lock for all processes of the run. If the main process is killed, the operating system
-    frees the lock at once. If the file system does not support locks, a warning is logged, and the block runs without
-    a lock.
-
-    Args:
-        path: the lock file, which is deleted at the end of the `with` block.
-        world: the processes of this run.
+    If the file system does not support locks, a warning is logged, and the block runs without a lock.
 
     Raises:
-        UserError: in all processes of this run, if another run holds the lock.
-        UserError: in all processes of this run, if the file at `path` is not a lock file of this project.
+        UserError: if another run holds the lock, or if the file at `path` is not a lock file of this project.
     """
     with contextlib.ExitStack() as stack:
         refusal = None
@@ -133,11 +119,7 @@ def hold_lock_file(path: Path, world: World) -> Iterator[None]:
 
 
 def _take_lock(path: Path, stack: contextlib.ExitStack) -> str | None:
-    """Create a lock file and lock it. Closing the ExitStack `stack` deletes the lock file and frees the lock.
-
-    Returns:
-        None, or one line that says why the lock cannot be taken.
-    """
+    """Lock a new lock file until `stack` is closed, or return one line that says why the lock cannot be taken."""
     busy = f"another run is writing here ({make_printable(path)}): let it end, or write elsewhere"
     with contextlib.suppress(FileExistsError), path.open("xb") as new:
         new.write(LOCK_TEXT)

@@ -21,15 +21,13 @@ def create_optimizer(
     Release: the code of the paper's authors uses the rate `lr` for all parameters, and multiplies the classifier's
     gradients by `classifier_rate_factor` (option --lr-sr). For SGD, this function divides the classifier's weight decay
     by `classifier_rate_factor`, so that SGD computes the same weights as the code of the paper's authors, up to
-    rounding. For AdamW, this function uses the same weight decay for all parameters.
+    rounding.
 
     Args:
         name: "sgd" or "adamw".
-        classifier_rate_factor: value of the option --lr-sr, which is never negative.
-        momentum: momentum of SGD.
 
     Raises:
-        UserError: if `classifier_rate_factor` is 0, because the learning rate of the classifier would then be 0.
+        UserError: if `classifier_rate_factor` is 0.
     """
     if classifier_rate_factor == 0:
         raise UserError("--lr-sr must be above 0, because the learning rate of the classifier is --lr times --lr-sr")
@@ -52,8 +50,8 @@ def create_optimizer(
 def get_learning_rates(optimizer: torch.optim.Optimizer) -> dict[str, float]:
     """Return the present learning rates of an optimizer, under the names with which they are logged.
 
-    In train_detector.py, "learning_rate" is the learning rate of the classifier. In train_sr.py, "learning_rate" is the
-    learning rate of the re-synthesizer. The name "resynthesizer_learning_rate" exists only in end-to-end training.
+    The name "learning_rate" stands for the rate of the classifier in train_detector.py, and for the rate of the
+    re-synthesizer in train_sr.py.
     """
     names = ("learning_rate", "resynthesizer_learning_rate")
     return {name: group["lr"] for name, group in zip(names, optimizer.param_groups, strict=False)}
@@ -68,7 +66,6 @@ def compute_authors_learning_rate_factor(epochs_total: int, epochs_done: float) 
     Release: the formula uses e - 1, because the code of the paper's authors sets the learning rate after each epoch.
 
     Args:
-        epochs_total: number of epochs of the training.
         epochs_done: number of finished epochs, such as 2.5 in the middle of the third epoch.
     """
     epoch = max(int(epochs_done) - 1, 0)
@@ -90,11 +87,8 @@ def compute_cosine_learning_rate_factor(epochs_total: int, epochs: float) -> flo
 def compute_step_learning_rate_factor(decay: float, decay_epochs: int, epochs_done: float) -> float:
     """Compute the factor by which the schedule "steps" multiplies the base learning rate after `epochs_done` epochs.
 
-    Only train_sr.py has the schedule "steps".
-
     Args:
         decay: factor by which the learning rate is multiplied after every `decay_epochs` epochs.
-        epochs_done: number of finished epochs, such as 2.5 in the middle of the third epoch.
     """
     return decay ** (int(epochs_done) // decay_epochs)
 

@@ -1,16 +1,8 @@
 """Command-line options of train_sr.py, train_detector.py and test.py, each declared once.
 
-Programs in tools/ declare their own options.
-
 A flag that also exists in the code of the paper's authors has the same spelling here, so that their scripts keep
-working. `dest` is the name under which the programs read the value of a flag.
-
-Options on the architecture of a network default to None, which means that the option was not given. For an option that
-was not given, the programs use the value in the checkpoint. Without a checkpoint, models/build.py uses the values of
-the paper.
-
-This module does not check the names of networks, perturbations and auxiliary tasks. The modules that define the
-networks, perturbations and auxiliary tasks check the names.
+working. An option on the architecture of a network is None if it is not given, because the programs then use the value
+in the checkpoint or in the paper.
 """
 
 import argparse
@@ -44,7 +36,7 @@ class Parser(argparse.ArgumentParser):
 
 
 class NoEffect(argparse.Action):
-    """The argparse action of a flag without effect. The action only prints that the flag has no effect."""
+    """An argparse action that only prints that the flag has no effect."""
 
     def __init__(self, option_strings: list[str], dest: str, nargs: int | None = None):
         super().__init__(option_strings, argparse.SUPPRESS, nargs=nargs, help=argparse.SUPPRESS)
@@ -55,10 +47,7 @@ class NoEffect(argparse.Action):
 
 
 class KeyValues(argparse.Action):
-    """The argparse action of a flag with values KEY=VALUE, from which the action makes a dict.
-
-    `parse_number_bool_or_text` converts each VALUE to a number, a bool or a text.
-    """
+    """An argparse action that makes a dict of numbers, bools and texts from values KEY=VALUE."""
 
     def __call__(self, parser, namespace, values, option_string=None):
         collected = dict(getattr(namespace, self.dest) or {})
@@ -87,11 +76,7 @@ def parse_number_bool_or_text(text: str) -> int | float | bool | str:
 
 
 def create_argparse_number_type(kind: type, low: float = -math.inf, high: float = math.inf) -> Callable[[str], float]:
-    """Create an argparse type for finite numbers from `low` to `high`.
-
-    Args:
-        kind: type of the numbers, int or float.
-    """
+    """Create an argparse type for finite numbers of the type `kind` (int or float) from `low` to `high`."""
 
     def parse_number(text: str):
         value = kind(text)
@@ -108,8 +93,7 @@ def create_argparse_number_type(kind: type, low: float = -math.inf, high: float 
 def parse_perturbation(text: str) -> tuple[str, float | None]:
     """Convert the text NAME or NAME=STRENGTH to the name and the strength of a perturbation.
 
-    A text without =STRENGTH gives the strength None. This function accepts any NAME, because the module
-    data.perturbations checks the names of perturbations.
+    A text without =STRENGTH gives the strength None.
     """
     name, equals, strength = text.partition("=")
     return name, create_argparse_number_type(float)(strength) if equals else None
@@ -205,7 +189,7 @@ def add_detector_options(parser: Parser) -> None:
         " You can add names to models.build.CLASSIFIERS (default: the value in the checkpoint if there is one,"
         " otherwise resnet50)")  # fmt: skip
     add("--arch-args", action=KeyValues, nargs="+", metavar="KEY=VALUE",
-        help="arguments of the classifier that --arch chooses")  # fmt: skip
+        help="arguments with which the classifier of --arch is created, such as hidden=4 for spectrum")  # fmt: skip
     add("--input-channel", dest="in_channels", type=integer_from_1, metavar="N",
         help="stop with an error if the residual does not have N channels; accepted because scripts of the paper's"
         " authors give it")  # fmt: skip
@@ -244,9 +228,6 @@ def add_training_options(parser: Parser, batch_size: int, lr: float, schedule: s
     """Add options of both trainers, train_sr.py and train_detector.py.
 
     Args:
-        parser: the parser of the trainer.
-        batch_size: default of --batch-size.
-        lr: default of --lr.
         schedule: name of the learning-rate schedule in the code of the paper's authors.
         output: flag of the output folder, such as "--output-path", for the help texts of --resume and --overwrite.
     """

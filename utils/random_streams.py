@@ -7,9 +7,7 @@ import torch
 def seeded_generator(*key: int) -> np.random.Generator:
     """Create a random number generator whose numbers depend only on the key.
 
-    For every random choice except initial weights and dropout, the programs create a generator with this function.
-    Equal keys give equal random numbers for any number of workers and processes. A resumed run therefore draws the same
-    random numbers as an uninterrupted run. Initial weights and dropout use PyTorch's own generator.
+    Equal keys give equal random numbers for any number of workers and processes, and in a resumed run.
 
     Args:
         key: integers >= 0, such as (seed, epoch, image).
@@ -18,19 +16,14 @@ def seeded_generator(*key: int) -> np.random.Generator:
 
 
 def seed_torch_for_step(seed: int, epoch: int, step: int, rank: int) -> None:
-    """Seed PyTorch's generator, from which dropout draws, for one training step of one process.
-
-    With this seed, a resumed run uses the same dropout in each step as an uninterrupted run.
-    """
+    """Seed PyTorch's generator, from which dropout draws, for one training step of one process."""
     rng = seeded_generator(seed, epoch, step, rank, DROPOUT)
     torch.manual_seed(int(rng.integers(2**63)))
 
 
 # Each constant is the last element of the keys for one kind of random choice, such as dropout.
-# Keys that end with different constants give independent random numbers.
-# PERTURB and DEGRADE_PATCH may both be 1, because keys of different lengths also give independent random numbers.
+# PERTURB and DEGRADE_PATCH may both be 1, because keys of different lengths give independent random numbers.
 # If an image gets the same crops in every epoch, the keys that end with CROP contain 0 instead of the epoch.
-# In the keys, `index` is the index of an entry in the dataset.
 # In the keys, `part` is the number of a patch in its image, or 0 if the image is not cut into patches.
 PERTURB, CROP = 1, 2  # last argument of seeded_generator(seed, epoch, index, ...) for perturbing or cropping an image
 DEGRADE_IMAGE = 5  # last argument of seeded_generator(seed, epoch, index, part, ...) for degrading an image

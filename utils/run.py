@@ -38,8 +38,8 @@ def read_starting_checkpoint(
 
     Args:
         resume: value of `--resume`: a file, "auto", or None.
-        init: value of `--init`: a file with weights, which is used if there is no run to resume.
-        states: paths at which `--resume auto` looks for a saved training state. At most one path in `states` may exist.
+        init: value of `--init`: a file with weights, which is used if `resume` gives no file.
+        states: paths at which `--resume auto` looks for a saved training state.
 
     Returns:
         origin: the checkpoint from which the run loads its weights, or None if no file gives initial weights.
@@ -66,11 +66,7 @@ def read_starting_checkpoint(
 
 
 def _find_single_state_file(states: Sequence[Path]) -> str | None:
-    """Return the only existing file of `states`, or None if no file exists.
-
-    Raises:
-        UserError: if several files exist.
-    """
+    """Return the only existing file of `states`, or None if no file exists."""
     found = [str(path) for path in states if path.exists()]
     if len(found) > 1:
         runs = ", ".join(map(make_printable, found))
@@ -88,21 +84,14 @@ def _find_single_state_file(states: Sequence[Path]) -> str | None:
 class Run(contextlib.AbstractContextManager):
     """A context manager that saves the states and records of a training run, and stops the run after a signal.
 
-    The option --save-minutes sets how often the state is saved in training. The state is also saved when a signal or an
-    error ends the run, unless the loss or a gradient is not finite, or the checkpoints of a finished epoch cannot be
-    written. At the end of an epoch, the state is saved if the epoch is the best so far, if a numbered checkpoint is
-    written, or if the output folder holds no state of the run yet.
-
-    The records are config.json, stats.jsonl, TensorBoard files and one log line per epoch. The x axis of TensorBoard's
-    plots is the number of finished epochs.
+    The state is saved every --save-minutes minutes of training, and when a signal or an error ends the run, unless the
+    loss or a gradient is not finite, or the checkpoints of a finished epoch cannot be written. The records are
+    config.json, stats.jsonl, TensorBoard files and one log line per epoch.
 
     Args:
-        folder: the folder of the run, from `open_run_folder`.
-        about: entries of config.json, which are also saved in every state. `about` must have the key "settings".
-        networks: function that returns the networks' part of the state, such as their weights, as a dict. Only the main
-            process calls `networks`.
-        stepper: the optimizer, and the progress of the training (epoch, step and best score).
-        epochs: number of epochs of the whole training.
+        about: entries of config.json and of every saved state, with the key "settings".
+        networks: function that returns the networks' part of the state, such as their weights, and that only the main
+            process calls.
     """
 
     def __init__(self, folder: RunFolder, about: dict, networks: Callable[[], dict], stepper: Stepper, epochs: int):
@@ -152,10 +141,7 @@ class Run(contextlib.AbstractContextManager):
     # --- saving
 
     def collect_run_state(self) -> dict:
-        """Return the state of the run: everything that is needed to use the networks and to continue the training.
-
-        The entry "epoch" is the number of finished epochs.
-        """
+        """Return the state of the run: everything that is needed to use the networks and to continue the training."""
         networks = self.networks()
         return {**self.about, **networks, **self.stepper.state_dict(), "epoch": self.progress.epoch}
 
@@ -170,11 +156,9 @@ class Run(contextlib.AbstractContextManager):
         self.folder.delete_files_of_replaced_run()
 
     def _save_state_if_due(self, training: bool) -> None:
-        """Save the state if SIGINT or SIGTERM was received, or if the last save is older than --save-minutes allows.
+        """Save the state if it is due by --save-minutes; after SIGINT or SIGTERM, save it and raise `Stopped`.
 
-        After SIGINT or SIGTERM, this method raises `Stopped`. In validation, the state is saved only after SIGINT or
-        SIGTERM. In training, all processes stop after the same batch, so that no process waits forever for a stopped
-        process.
+        In training, all processes stop after the same batch, so that no process waits forever for a stopped process.
         """
         due = training and time.monotonic() - self.saved_at >= self.settings["save_minutes"] * 60
         signal_number = self.stop.received or 0
@@ -191,26 +175,17 @@ class Run(contextlib.AbstractContextManager):
     def iterate_batches(
         self, loader: Iterable, description: str, training: bool = False, min_images: int = 1
     ) -> Iterator:
-        """Iterate over the batches of a loader. After each batch, call `_save_state_if_due`.
-
-        With --skip-bad, each image that cannot be used is left out, and one line is logged for the image. In training,
-        PyTorch's generator is seeded before each batch, so that a resumed run uses the same dropout as an uninterrupted
-        run.
+        """Iterate over the batches of a loader, and save the state of the run between batches.
 
         A batch with fewer than `min_images` images is skipped in validation and in training with a single process. In
-        training with several processes, every process must take part in every optimizer step. If a process has too few
-        images for a step, this method yields an earlier batch again, or repeats the few images. All images of such a
-        batch have the weight 0 in the loss.
+        training with several processes, a batch with too few images is replaced by an earlier batch or by repeated
+        images, with the weight 0 in the loss, because every process must take part in every optimizer step.
 
         Args:
             loader: iterable of batches (data.datasets.Batch).
-            description: text in front of the progress bar.
             training: whether the caller takes an optimizer step with each batch.
             min_images: smallest number of images in a yielded batch: 2 if a batch-norm layer gets only one value per
                 channel from an image, else 1.
-
-        Yields:
-            batches of at least `min_images` images.
 
         Raises:
             UserError: if an image cannot be used, and --skip-bad is not given.
@@ -235,10 +210,7 @@ class Run(contextlib.AbstractContextManager):
             self._save_state_if_due(training)
 
     def _report_image_errors(self, errors: Mapping[int, str]) -> None:
-        """Log one line for each image that cannot be used.
-
-        Without --skip-bad, raise a UserError for the first image that cannot be used.
-        """
+        """Log each image that cannot be used or, without --skip-bad, raise a UserError for the first image."""
         for text in errors.values():
             if text in self.reported:
                 continue
@@ -247,11 +219,7 @@ class Run(contextlib.AbstractContextManager):
             self._log_left_out_image(text)
 
     def _log_images_of_small_batch(self, batch, min_images: int) -> dict[int, str]:
-        """Log that each image of `batch` is left out, because `batch` has fewer than `min_images` images.
-
-        Returns:
-            a dict from the index of an image in the dataset to the reason why the image is left out.
-        """
+        """Log that all images of a batch are left out, and return the reasons by index of the image in the dataset."""
         errors = dict(batch.errors)
         for item, key in zip(batch.items, batch.keys, strict=True):
             size = f"a batch of {len(batch.x)}, and batch norm needs at least {min_images}"
@@ -275,10 +243,10 @@ class Run(contextlib.AbstractContextManager):
         Args:
             values: dict from the name of a quantity, such as "psnr", to its value in the finished epoch. NaN and
                 infinite values are written as null to stats.jsonl.
-            score_name: key of the score in `values`. The best epoch is the epoch with the highest finite score. In a
-                run without validation images, `values` contains no score, and no epoch is the best epoch.
-            numbered: function that takes the state, and returns the numbered checkpoints of the epoch. If `numbered` is
-                None, no numbered checkpoint is written.
+            score_name: key of the score in `values`, of which the highest finite value is the best. In a run without
+                validation images, `values` contains no score.
+            numbered: function that takes the state and returns the numbered checkpoints of the epoch, or None for no
+                numbered checkpoint.
         """
         self._write_values_of_epoch_to_logs(values)
         progress = self.progress
@@ -297,7 +265,6 @@ class Run(contextlib.AbstractContextManager):
             progress.best = value
         if not self.world.is_main or not (is_best or numbered):
             return
-        # last.* is saved after best.* and the numbered checkpoints.
         # If the run is killed before last.* is saved, the resumed run writes best.* and the numbered checkpoints again.
         self.ending_epoch = True
         state = self.collect_run_state()
@@ -312,12 +279,7 @@ class Run(contextlib.AbstractContextManager):
         self.saved_at = time.monotonic()
 
     def _delete_older_checkpoints(self, name: str) -> None:
-        """If --keep-last N is given, delete all checkpoints of a series except the newest N.
-
-        Args:
-            name: file name of a checkpoint, such as "0002_sr.pth.tar". The series consists of this file and of the
-                files whose names differ from `name` only in the number of the epoch.
-        """
+        """If --keep-last N is given, keep only the N newest checkpoints whose names equal `name` but for the epoch."""
         keep = self.settings["keep_last"]
         if not keep:
             return
@@ -331,18 +293,14 @@ class Run(contextlib.AbstractContextManager):
             self.folder.delete_file(path)
 
     def _write_values_of_epoch_to_logs(self, values: Mapping[str, float | None]) -> None:
-        """Write the values of an epoch to stats.jsonl, TensorBoard and the log.
-
-        If the output folder holds no state of the run yet, the state is saved before the values are written.
-        """
+        """Write the values of an epoch to stats.jsonl, TensorBoard and the log."""
         minutes = self._estimate_minutes_left()
         self.epoch_began = None
         if self.writer is None:
             return
         if self.folder.replacing or not self.folder.last.exists():
             # With --overwrite, the first call of `save_state` deletes the lines of the replaced run from stats.jsonl.
-            # If last.* does not exist, the state must be saved before best.* and the numbered checkpoints are written.
-            # A folder with these checkpoints, but without last.*, could not be resumed.
+            # A folder with best.* or numbered checkpoints, but without last.*, could not be resumed.
             self.save_state()
         epoch = self.progress.epoch
         finite = {}
@@ -362,7 +320,7 @@ class Run(contextlib.AbstractContextManager):
         """Estimate how many minutes the remaining epochs take, from the duration of the current epoch.
 
         The duration is measured from the first training step, because earlier work, such as filling the residual cache,
-        is done only once. If the epoch was resumed in the middle, its duration is scaled up to a whole epoch.
+        is done only once.
         """
         steps = self.progress.step - self.first_step
         if self.epoch_began is None or steps <= 0:
@@ -374,7 +332,6 @@ class Run(contextlib.AbstractContextManager):
         """Write images (B, 3, H, W) in [0, 1] to TensorBoard.
 
         Args:
-            name: name of the images in TensorBoard.
             finished: number of finished epochs.
         """
         if self.writer is not None and len(images):
@@ -382,17 +339,11 @@ class Run(contextlib.AbstractContextManager):
 
 
 def _repeat_images_to_fill_batch(batch, min_images: int):
-    """Repeat the images of a batch, so that the new batch has at least `min_images` images.
-
-    All images of the new batch have the weight 0 in the loss, so they contribute nothing to the gradients.
-
-    Raises:
-        UserError: if the batch has no images.
-    """
+    """Repeat the images of a batch, with the weight 0 in the loss, until the batch has `min_images` images."""
     if not len(batch.x):
         reason = next(iter(batch.errors.values()))
         raise UserError(
-            f"{reason}; without this image, a process has no image for its training step: repair the image, or use a"
+            f"{reason}; without this image, one of the processes has no image to train on: repair the image, or use a"
             " larger --batch-size"
         )
     times = math.ceil(min_images / len(batch.x))

@@ -27,10 +27,10 @@ CHECKPOINT_NAMES = {
 
 
 class RunFolder:
-    """The output folder of a run. The file config.json in the folder lists the files that the run has written.
+    """The output folder of a run, in which config.json lists the files that the run has written.
 
     A file is replaced or deleted only if config.json lists the file. With --overwrite, the files of an earlier run are
-    kept until the new run has saved a state, because one of them can be the only copy of the new run's initial weights.
+    kept until the new run has saved a state, because the new run may start from the weights in an earlier checkpoint.
 
     Args:
         last: path of the last state, last.pth or last.pth.tar, in the output folder.
@@ -51,8 +51,7 @@ class RunFolder:
         """Read config.json, and determine whether the run is new, continues an earlier run, or replaces an earlier run.
 
         Args:
-            resumed: the state from which the run continues. If `resumed` is None, the run is new.
-            overwrite: whether a new run may replace an earlier run.
+            resumed: the state from which the run continues, or None for a new run.
 
         Returns:
             None, or one line that says why the run must not write into the folder.
@@ -95,10 +94,6 @@ class RunFolder:
 
         If the run replaces an earlier run, the lines of the earlier run are deleted later, by
         `delete_files_of_replaced_run`.
-
-        Args:
-            about: entries of config.json.
-            first_epoch: first epoch that this run trains.
         """
         remove_leftover_temporary_files(self.path, self._regex_of_written_file_names())
         self.record = {**about, "versions": package_versions(), "format": RECORD_FORMAT}
@@ -161,10 +156,7 @@ class RunFolder:
         write_json(self.path / RECORD, {**self.record, "files": sorted(self.files)})
 
     def _read_written_file_names_from_config(self) -> set[str]:
-        """Read from config.json which files earlier runs have written.
-
-        Returns an empty set if the folder has no config.json of this project.
-        """
+        """Read from config.json which files earlier runs have written."""
         try:
             record = json.loads((self.path / RECORD).read_text())
             if record["format"] == RECORD_FORMAT:
@@ -191,15 +183,12 @@ def open_run_folder(last: Path, world: World, resumed: Checkpoint | None, overwr
 
     Args:
         last: path of the last state, last.pth or last.pth.tar, in the output folder.
-        world: the processes of this run.
-        resumed: the state from which the run continues. If `resumed` is None, the run is new.
+        resumed: the state from which the run continues, or None for a new run.
         overwrite: whether a new run may replace an earlier run.
 
     Raises:
-        UserError: if no file can be written into the folder.
-        UserError: if another run is writing into the folder.
-        UserError: if the folder holds an earlier run, `overwrite` is False, and this run does not continue that run.
-        UserError: if the folder holds a run of another program.
+        UserError: if no file can be written into the folder, or if another run is writing into the folder.
+        UserError: if the folder holds an earlier run that this run neither continues nor may replace.
         UserError: if this run would replace a file that config.json does not list.
     """
     folder = RunFolder(last)

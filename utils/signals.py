@@ -7,7 +7,7 @@ logger = logging.getLogger(__name__)
 
 
 class Stopped(Exception):
-    """The exception that ends a run after SIGINT or SIGTERM. A run saves its state before it raises `Stopped`."""
+    """The exception that ends a run after SIGINT or SIGTERM."""
 
     def __init__(self, signal_number: int):
         super().__init__(signal.Signals(signal_number).name)
@@ -17,7 +17,7 @@ class Stopped(Exception):
 class StopSignal:
     """A context manager that records SIGINT and SIGTERM, so that a run can finish the current step and save its state.
 
-    A second Ctrl-C stops the run at once. A second SIGTERM has no effect, because torchrun may send SIGTERM twice.
+    A second Ctrl-C stops the run at once, but a second SIGTERM does not, because torchrun may send SIGTERM twice.
     """
 
     def __init__(self):

@@ -17,10 +17,8 @@ from utils.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-# A resumed run may change the settings in FREE_SETTINGS without a warning.
-# FREE_SETTINGS contains the options that name image folders and lists, because image files may be moved.
-# If a resumed run uses other images, the changed setting "images" causes a warning.
-# FREE_SETTINGS contains the options that choose networks, because a resumed run always keeps its networks.
+# FREE_SETTINGS lists the settings that cause no warning if they change in a resumed run, such as paths of moved images.
+# A changed option on networks causes no warning, because a resumed run takes its networks from the saved state.
 FREE_SETTINGS = {
     "save_minutes", "keep_last", "gpu", "workers", "resume", "init", "overwrite", "output_path", "outputs_dir",
     "cache_dir", "cache_gb", "cache", "resynthesizer_file", "deterministic", "train_file", "eval_file", "real_roots",
@@ -41,7 +39,7 @@ class NotFinite(UserError):
 
 @dataclass
 class Progress:
-    """The progress of a training run. Every saved state contains it, so a run can be resumed at the exact step."""
+    """The progress of a training run, which every saved state contains."""
 
     epoch: int = 0  # number of the current epoch, from 0
     step: int = 0  # number of finished batches of the current epoch
@@ -53,11 +51,8 @@ class Progress:
     def record_optimizer_step(self, values: Mapping[str, float], count: float) -> None:
         """Count an optimizer step, and add `count` times each value in `values` to `sums`.
 
-        `values` must not have the key "count".
-
         Args:
             values: means over the `count` images of the step.
-            count: number of images of the step.
         """
         if COUNT in values:
             raise ValueError(f"a recorded value cannot be called {COUNT}")
@@ -117,26 +112,18 @@ def compute_constant_learning_rate_factor(epochs: float) -> float:
 
 
 # Type of a function that takes a batch, and returns the loss and a dict of other scalars to log, such as the accuracy.
-# If several processes share a batch, each process calls the function with its part of the batch.
-# The loss of the whole batch is the sum of the losses that the function returns in all processes.
-# Each other scalar of the whole batch is also the sum of the results of all processes.
+# The loss and the scalars of a batch are the sums of the function's results in all processes that share the batch.
 LossOf = Callable[[object], tuple[Tensor, Mapping[str, Tensor]]]
 
 
 class Stepper:
     """An optimizer with learning-rate schedule, gradient clipping and progress, for one or several processes.
 
-    Each step sums the gradients over all processes, and checks that loss and gradients are finite.
-
     Args:
-        optimizer: PyTorch's optimizer. Each parameter group has its base learning rate.
-        compute: the device and number format of the networks.
-        world: the processes of this run.
+        optimizer: PyTorch's optimizer, whose parameter groups have their base learning rates.
         rate_factor: takes the number of finished epochs, such as 2.5, and returns the factor on the base learning
             rates.
-        steps_per_epoch: number of steps in an epoch.
-        clip_norm: maximum of the total norm of all gradients, as in torch.nn.utils.clip_grad_norm_. If `clip_norm` is
-            None or 0, gradients are not clipped.
+        clip_norm: maximum of the total norm of all gradients, or None or 0 for no clipping.
     """
 
     def __init__(
@@ -166,14 +153,10 @@ class Stepper:
     def step(self, loss: Tensor, values: Mapping[str, Tensor], batch) -> None:
         """Compute gradients and take one optimizer step.
 
-        If this method raises `NotFinite`, the weights stay unchanged.
-
         Args:
-            loss: a scalar, the part that this process contributes to the loss of the whole batch. The loss of the whole
-                batch is the sum of `loss` over all processes.
-            values: further scalars to record, by name. The value of a scalar for the whole batch is the sum of the
-                scalar over all processes.
-            batch: the batch (data.datasets.Batch). Only `weights`, `errors` and `items` of the batch are read.
+            loss: a scalar, whose sum over all processes is the loss of the whole batch.
+            values: further scalars to record, by name, whose sums over all processes are the values of the whole batch.
+            batch: the batch (data.datasets.Batch).
 
         Raises:
             NotFinite: if the loss is not finite.
@@ -198,11 +181,7 @@ class Stepper:
         self.progress.record_optimizer_step(means, count)
 
     def _sum_gradients_over_processes(self) -> list[Tensor]:
-        """Sum the gradients over the processes, and divide them by the scale of GradScaler.
-
-        Returns:
-            a list of the summed gradients. A parameter whose `grad` is None has no entry in the list.
-        """
+        """Sum the gradients over the processes, divide them by the scale of GradScaler, and return them."""
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         distributed.all_reduce_gradients(parameters, self.world)
         self.scaler.unscale_(self.optimizer)
@@ -211,15 +190,9 @@ class Stepper:
     def _compute_step_statistics_over_processes(
         self, parts: Mapping[str, Tensor], batch, norm: Tensor
     ) -> tuple[dict[str, float], float, float, float]:
-        """Compute the mean of each scalar in `parts` over the images of all processes, and count these images.
+        """Return the means of `parts`, the numbers of images that were used and left out, and `norm` as a float.
 
         All numbers are copied to the CPU together, so that the CPU waits for the GPU only once per step.
-
-        Returns:
-            means: for each name in `parts`, the mean over all images whose weight in the loss is above 0.
-            count: number of images whose weight in the loss is above 0.
-            left_out: number of images that could not be used.
-            norm_on_cpu: the gradient norm `norm` as a float.
         """
         counts = [batch.weights.sum(), (batch.weights > 0).sum(), torch.tensor(len(batch.errors))]
         scalars = [value.detach().float().to(self.compute.device) for value in (*parts.values(), *counts)]
@@ -229,8 +202,7 @@ class Stepper:
         weight, count, left_out, norm_on_cpu = numbers[len(parts) :]
         means = {}
         for name, value in zip(parts, sums_of_values, strict=True):
-            # `weight` is the sum of the weights of all images in the loss.
-            # `weight` is 1, or less if some images of the step could not be used, or 0 if no image could be used.
+            # The sum `weight` of the weights in the loss is 1, below 1 if images are left out, or 0 if all are left out
             means[name] = value / (weight or 1)
         return means, count, left_out, norm_on_cpu
 
@@ -254,11 +226,8 @@ class Stepper:
     def load_state(self, resumed: Checkpoint | None, settings: Mapping) -> None:
         """Load the optimizer state and the progress of the run to resume, and log each setting that has changed.
 
-        Learning rates, weight decay and momentum come from the present options, not from the saved state. If the
-        validation images have changed, the saved best score is removed.
-
         Args:
-            resumed: the saved state of the run to resume. If `resumed` is None, nothing is loaded.
+            resumed: the saved state of the run to resume, or None to load nothing.
             settings: the present settings of the program.
 
         Raises:
@@ -277,8 +246,7 @@ class Stepper:
             )
         self._load_optimizer_state(resumed)
         self.progress.load_state(content.get_nested_fields("progress"))
-        # Set the learning rate of the last finished step.
-        # A run that resumes after the last step of an epoch logs this learning rate.
+        # A run that resumes after the last step of an epoch logs the learning rate of this last step
         last_step = max(self.progress.step - 1, 0)
         self.set_learning_rates(self.rate_factor(self.progress.epoch + last_step / self.steps_per_epoch))
         warn_about_changed_settings(earlier.values, settings, self.progress)
@@ -297,10 +265,7 @@ class Stepper:
 
 
 def _require_equal_shapes(parameter: Tensor, buffers: Mapping[str, object]) -> None:
-    """Raise ValueError if a buffer of the optimizer has another shape than the parameter to which it belongs.
-
-    Scalar buffers, such as the number of steps of AdamW, are not checked.
-    """
+    """Raise ValueError if a buffer of the optimizer is not a scalar and has another shape than its parameter."""
     for name, buffer in buffers.items():
         if isinstance(buffer, Tensor) and buffer.dim() > 0 and buffer.shape != parameter.shape:
             raise ValueError(f"expected {name} of shape {tuple(parameter.shape)}, got {tuple(buffer.shape)}")
@@ -310,11 +275,6 @@ def warn_about_changed_settings(earlier: Mapping, present: Mapping, progress: Pr
     """Log one warning for each setting that has changed since the run began.
 
     If the validation images have changed, the best score in `progress` is removed.
-
-    Args:
-        earlier: settings in the saved state.
-        present: settings of the running program.
-        progress: progress of the resumed run.
     """
     for name in sorted(earlier.keys() & (present.keys() - FREE_SETTINGS)):
         if earlier[name] == present[name]:
@@ -337,15 +297,10 @@ def warn_about_changed_settings(earlier: Mapping, present: Mapping, progress: Pr
 
 
 def train_one_epoch(model: nn.Module, batches: Iterable, loss_of: LossOf, stepper: Stepper) -> None:
-    """Train a network for one epoch, with one optimizer step per batch.
-
-    Args:
-        batches: batches of the class `data.datasets.Batch`.
-    """
+    """Train a network for one epoch, with one optimizer step per batch (data.datasets.Batch)."""
     model.train()
     for batch in batches:
         loss, values = loss_of(batch)
         stepper.step(loss, values, batch)
-    # Without SyncBatchNorm, each process has its own batch-norm statistics.
     # All processes validate with the batch-norm statistics of the main process, which the checkpoints contain.
     broadcast_buffers(model, stepper.world)
