@@ -409,7 +409,7 @@ def format_verdicts_or_metrics(
     from evaluation.metrics import format_metrics, format_perturbation_table
 
     summaries = {label: metrics for label, (_, metrics) in results.items() if metrics}
-    # All metrics are printed only for the first perturbation.
+    # All metrics are printed for the first perturbation, and only the AUROC for the other perturbations.
     if summaries:
         label, metrics = next(iter(summaries.items()))
         if len(results) > 1:

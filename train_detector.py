@@ -439,7 +439,7 @@ def end_to_end_loss(
     The auxiliary loss is computed on the real images, and is 0 if the batch has fewer than two real images.
 
     Release: for the auxiliary loss, the code of the paper's authors degrades each batch with probability 0.5. With
-    `--mode-sr none`, the code of the authors computes the auxiliary loss on undegraded images in every step.
+    `--mode-sr none`, the code of the paper's authors computes the auxiliary loss on undegraded images in every step.
     """
     x = compute.images_to_float(batch.x)  # (B, 3, H, W)
     counted = batch.weights > 0  # (B,); an image with weight 0 repeats an image of another process

@@ -112,8 +112,8 @@ def create_resize_and_crop_policy(network: ResynthesisDetector, settings: ImageS
 def convert_gpu_number_to_device_name(device: str | int | torch.device | None) -> str | torch.device | None:
     """Convert the number of a GPU to a device name, such as "cuda:1".
 
-    On a machine without a GPU, `choose_device_and_precision` raises an error for the device name "cuda:1", but would
-    use the CPU for the number 1.
+    On a machine without a GPU, `choose_device_and_precision` uses the CPU for a number, but raises a UserError for a
+    device name such as "cuda:1".
     """
     is_number = isinstance(device, int) or (isinstance(device, str) and device.isdecimal())
     return f"cuda:{device}" if is_number else device

@@ -87,7 +87,7 @@ def negative_log_likelihood(prob_fake: np.ndarray, is_fake: np.ndarray) -> float
 
 
 def fraction_of_true(values: np.ndarray) -> float | None:
-    """Compute the fraction of True values in a bool array (N,). Returns None if N is 0."""
+    """Compute the fraction of images for which `values`, bool (N,), is True. Returns None if there are no images."""
     return float(np.mean(values)) if len(values) else None
 
 

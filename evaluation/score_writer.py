@@ -36,7 +36,7 @@ from utils.files import open_for_atomic_write, write_json
 logger = logging.getLogger(__name__)
 
 PARTIAL_TABLE_MARK = "# part of a score table by test.py: "
-# The column "index" holds the position of the image in the list of images
+# The column "index" of a partial table holds the position of the image in the list of scored images
 PARTIAL_TABLE_COLUMNS = ("index", *COLUMNS[len(Item._fields) :], "size", "mtime_ns")
 
 
@@ -44,7 +44,7 @@ def read_file_sizes_and_times(items: Sequence[Item]) -> np.ndarray:
     """Read the size in bytes and the modification time in ns of each image file.
 
     Returns:
-        An int64 array (N, 2), in which the row of a file that does not exist is (-1, -1).
+        An int64 array (N, 2) with the columns size and modification time. The row of a missing file is (-1, -1).
     """
     stamps = np.full((len(items), 2), -1, np.int64)
     for i, item in enumerate(items):
@@ -110,7 +110,7 @@ class ScoreWriter:
         if overwrite and self.world.is_main:
             delete_partial_table_files(parts.values())
         self._open_new_partial_table(max(parts, default=-1) + 1 + self.world.rank)
-        # To add scores or residual pictures to an existing score table, first copy its rows to a new partial table
+        # Rows of the old score table are copied, because the new score table is written only from partial tables
         if use_rows_of_table and self.world.is_main:
             for i, row in self._read_rows_of_table():
                 self.write_rows({i: row})

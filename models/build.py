@@ -72,7 +72,7 @@ class Features(Protocol):
 # A classifier is an nn.Module that computes logits (B, 2) for FAKE and REAL from residuals (B, channels, H_l, W_l).
 # A classifier is created as CLASSIFIERS[name](channels, **args).
 # A classifier with batch norm should have an attribute `stride`, the stride of its last feature map.
-# If a residual is at most `stride` values high and wide, train_detector.py refuses batches of one image.
+# train_detector.py uses `stride` to refuse batches of one image if batch norm would get only one value per channel.
 
 RESYNTHESIZERS = {"rdn": RDN, "bicubic": Bicubic, "none": NoResynthesis}
 FEATURES = {"pixels": Pixels, "vgg19": VGG19Stage}
@@ -85,7 +85,7 @@ CLASSIFIERS = {
     "spectrum": SpectrumClassifier,
     "channel_power": ChannelPowerClassifier,
 }
-TORCHVISION = "torchvision:"  # --arch torchvision:NAME chooses the classifier NAME of torchvision.models
+TORCHVISION = "torchvision:"  # prefix of the names of torchvision classifiers, such as torchvision:vit_b_16
 
 WITH_AUXILIARY_OUTPUTS = ("googlenet", "inception_v3")  # torchvision classifiers that also return auxiliary logits
 TORCHVISION_STRIDE = 32  # stride of the last feature map of most torchvision classifiers

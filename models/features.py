@@ -37,7 +37,7 @@ TILE_CUTS = (10, 19)
 
 # The digits dcbb9e9d in the name of the VGG-19 file are the first 8 hexadecimal digits of the file's SHA-256
 IMAGENET_URL = "https://download.pytorch.org/models/vgg19-dcbb9e9d.pth"
-DOWNLOAD_TIMEOUT = 20  # the download is stopped if the server does not answer for this many seconds
+DOWNLOAD_TIMEOUT = 20  # number of seconds without an answer of the server after which the download is stopped
 RANDOM_SEED = 19  # seed of the random VGG-19 weights, fixed so that all runs use the same weights
 
 
@@ -95,7 +95,8 @@ class VGG19(nn.Module):
     """A VGG-19 without the layers after relu5_1, which returns the feature maps of one or more stages.
 
     Release: the code of the paper's authors does not normalize images by ImageNet's mean and standard deviation before
-    VGG-19. `VGG19` does not normalize images, because the authors trained their detectors without normalization.
+    VGG-19. `VGG19` does not normalize images, because the paper's authors trained their detectors without
+    normalization.
     """
 
     def __init__(self):
@@ -198,7 +199,7 @@ def load_vgg(source: str, trained_with: Mapping | None = None, name: str = "") -
             "random" draws random weights with a fixed seed. "auto" uses the source in `trained_with`. If
             `trained_with` is None, "auto" means "imagenet", or "random" if the ImageNet weights cannot be downloaded.
         trained_with: dict with the "source" and the "fingerprint" of the VGG-19 weights that must be loaded, or None if
-            any weights may be loaded. A fingerprint that is None or missing is not checked.
+            any weights may be loaded. If the fingerprint is None or missing, any weights except "random" may be loaded.
         name: name of the checkpoint for error messages.
 
     Returns:

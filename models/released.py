@@ -1,7 +1,7 @@
 """Read checkpoints by the paper's authors, and find the architecture of a network from the shapes of its weights.
 
-The checkpoints by the paper's authors do not store the arguments of networks. The authors' checkpoint of a detector is
-a dictionary with the keys "epoch", "arch", "state_dict" and "optimizer".
+The checkpoints by the paper's authors do not store the arguments of networks. The checkpoint of a detector by the
+paper's authors is a dictionary with the keys "epoch", "arch", "state_dict" and "optimizer".
 """
 
 from collections.abc import Mapping

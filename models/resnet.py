@@ -15,8 +15,8 @@ from utils.errors import UserError
 
 STEM_CHANNELS = 128
 # STEM_STRIDE is the total stride of the stem, which consists of the layers before layer1.
-# STEM_HALO is the width in pixels of the margin of the stem's tiles. STEM_HALO must be at least 11, because an output
-# value of the stem depends on input pixels up to 11 pixels away.
+# STEM_HALO is the width in pixels of the margin of the stem's tiles.
+# STEM_HALO must be at least 11, because an output value of the stem depends on input pixels up to 11 pixels away.
 STEM_STRIDE, STEM_HALO = 8, 16
 
 LAYOUTS = {
@@ -123,10 +123,8 @@ class DeepStemResNet(nn.Module):
         UserError: if `dilated` is True for a ResNet-18 or ResNet-34.
     """
 
-    # `stride` is the side of the residual divided by the side of the last feature map.
-    # If height and width of residuals are at most `stride`, train_detector.py rejects batches of one image, because
-    # batch norm can be trained only if a batch has at least two values per channel.
-    stride = 32
+    # train_detector.py uses `stride` to refuse batches of one image if batch norm would get one value per channel.
+    stride = 32  # height of the residual divided by the height of the last feature map
 
     def __init__(self, channels: int, arch: str = "resnet50", dilated: bool = False):
         super().__init__()
@@ -156,7 +154,7 @@ class DeepStemResNet(nn.Module):
         self.layer3 = self.create_residual_blocks(block, 256, depths[2], dilations=third)
         self.layer4 = self.create_residual_blocks(block, 512, depths[3], dilations=fourth)
         self.fc = nn.Linear(self.in_planes, 2)
-        self.tile = 1024  # side in pixels of the tiles in which the stem runs if no gradients are computed
+        self.tile = 1024  # side of the stem's tiles, in pixels of the residual
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
@@ -198,5 +196,11 @@ class DeepStemResNet(nn.Module):
         return self.maxpool(self.relu(self.bn1(self.conv1(x))))
 
     def set_tile_side(self, side: int) -> None:
-        """Set the side in pixels of the tiles in which the stem runs in evaluation mode without gradients."""
+        """Set the side length of the tiles in which the stem processes residuals when gradients are disabled.
+
+        In training mode, the stem does not use tiles.
+
+        Args:
+            side: side of a tile in pixels of the residual.
+        """
         self.tile = side

@@ -77,7 +77,7 @@ def write_detector(path: Path, **content) -> Path:
 
 
 def write_images_and_checkpoints_of_the_authors_format(folder: Path) -> Path:
-    """Write two images, VGG-19 weights, and checkpoints of RDN and two classifiers, in the formats of the authors."""
+    """Write two images, VGG-19 weights, an RDN and two classifiers in the file formats of the paper's authors."""
     rdn = load_fixed_pseudo_random_weights(RDN()).state_dict()
     torch.save(rdn, folder / "sr_bare.pth")
     torch.save({"state_dict": {f"module.{k}": v for k, v in rdn.items()}}, folder / "sr_module.pth.tar")

@@ -1,4 +1,4 @@
-"""Tests of data.degradations: auxiliary tasks of train_detector.py, and degraded patches of train_sr.py."""
+"""Tests of data.degradations, which degrades images for auxiliary tasks, and patches for train_sr.py."""
 
 import numpy as np
 import pytest

@@ -122,7 +122,7 @@ def test_a_checkpoint_whose_features_are_not_in_the_dict_of_features_is_refused_
 
 
 class ConstantFeatures(torch.nn.Sequential):
-    """A features module whose weights all equal the class attribute VALUE."""
+    """A feature network whose weights all equal the class attribute VALUE."""
 
     channels, stride = 4, 1
     VALUE = 0.5
@@ -273,7 +273,7 @@ class NormalizedEnlargement(nn.Module):
 
 
 class NormalizedPixels(nn.Module):
-    """A features module that applies batch norm to pixels."""
+    """A feature network that applies batch norm to pixels."""
 
     channels, stride = 3, 1
 
@@ -318,7 +318,7 @@ def test_network_arguments_that_another_option_already_sets_are_refused(training
 
 
 class FeaturesWithRandomWeights(NormalizedPixels):
-    """Features whose convolution has different random weights in each instance of the class."""
+    """A feature network whose convolution has different random weights in each instance of the class."""
 
     def __init__(self):
         super().__init__()
@@ -326,23 +326,23 @@ class FeaturesWithRandomWeights(NormalizedPixels):
 
 
 class FeaturesThatChangeTheirInput(NormalizedPixels):
-    """Features that scale the values of their input in place."""
+    """A feature network that multiplies its input by 2 in place."""
 
     def forward(self, x):
         return x.mul_(2)
 
 
 class FeaturesWithoutStride(NormalizedPixels):
-    """Features whose attribute `stride` is not an integer."""
+    """A feature network whose attribute `stride` is None instead of an integer."""
 
     stride = None
 
 
 class FeaturesWithoutRecord(NormalizedPixels):
-    """Features whose method `load_pretrained` returns nothing."""
+    """A feature network whose method `load_pretrained` returns None instead of a dict."""
 
     def load_pretrained(self, source, trained_with, name):
-        """Load nothing."""
+        """Return None, and load no weights."""
 
 
 @pytest.mark.parametrize(
@@ -414,7 +414,7 @@ def test_a_checkpoint_stores_the_default_values_of_arguments_that_were_not_given
 
 
 class WrongStride(NormalizedPixels):
-    """A features module whose attribute `stride` is 2, although its feature maps have a stride of 1."""
+    """A feature network whose attribute `stride` is 2, although its feature maps are as large as the image."""
 
     stride = 2
 

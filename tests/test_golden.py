@@ -49,7 +49,7 @@ def vgg_with_reference_weights():
 
 
 def create_pixel_or_vgg_feature_module(stage, vgg):
-    """Return the features module of a stage: `Pixels` for stage 0, and `VGG19Stage` for stages 1 to 5."""
+    """Return the feature network of a stage: `Pixels` for stage 0, and `VGG19Stage` for stages 1 to 5."""
     if stage == 0:
         return Pixels()
     features = VGG19Stage(stage)

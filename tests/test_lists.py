@@ -328,7 +328,7 @@ def test_the_digest_of_a_list_depends_on_files_labels_and_order_but_not_on_the_w
 
 
 def describe_files(*paths):
-    """Return the line of `describe_and_hash_image_files` for a real image and fake images at the given paths."""
+    """Describe image files by `describe_and_hash_image_files`, with the first as real and all others as fake."""
     items = [Item(str(path), FAKE if i else REAL, "") for i, path in enumerate(paths)]
     return describe_and_hash_image_files(items, hash_image_files(items))
 

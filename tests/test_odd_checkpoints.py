@@ -37,14 +37,14 @@ def run_program_for_status_and_last_line(main, parser, flags, capfd):
 
 
 def run_test_py_with_checkpoint(checkpoint, files, capfd):
-    """Return the exit status and the last line on stderr of test.py with the given checkpoint."""
+    """Score an image by test.py with the given checkpoint, and return the exit status and the last line on stderr."""
     return run_program_for_status_and_last_line(
         tester.main, options.create_test_parser, f"--resume {checkpoint} --input {files}/real/a.png", capfd
     )
 
 
 def run_train_detector_resuming_checkpoint(checkpoint, files, capfd):
-    """Return the exit status and the last line on stderr of train_detector.py that resumes a checkpoint."""
+    """Resume a checkpoint with train_detector.py, and return the exit status and the last line on stderr."""
     flags = f"--data-root-pos {files}/real --data-root-neg {files}/fake --fixed-sr --epochs 1 --batch-size 2"
     flags = f"{flags} --vgg-weights random --resume {checkpoint} --output-path {checkpoint.parent}/out"
     return run_program_for_status_and_last_line(train_detector.main, options.create_train_detector_parser, flags, capfd)

@@ -66,7 +66,7 @@ def compress_and_decode_jpeg_with_pillow(image, quality):
 def measure_fractions_cropped_at_borders(result, channel):
     """Measure how much of the width (channel 0) or height (1) of `image_with_red_and_green_ramps` was cropped away.
 
-    Returns three fractions: cropped in total, cropped at the left or top, and cropped at the right or bottom.
+    Returns the cropped fractions of the width or height: in total, at the left or top, and at the right or bottom.
     """
     line = result[channel].double().mean(channel)
     inner = line[16:-16]

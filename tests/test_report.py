@@ -46,7 +46,10 @@ def write_score_table(folder, name, table_rows, **record):
 
 
 class Page(HTMLParser):
-    """A parsed HTML page with its tags, attributes, text and pictures, all of which must be embedded."""
+    """A parsed HTML page, with lists of its tags, attributes and pictures, and with its text.
+
+    The page must contain all pictures as PNG or JPEG data URLs.
+    """
 
     def __init__(self, path):
         super().__init__()
@@ -139,7 +142,7 @@ def test_the_report_page_shows_residual_pictures_and_images_in_the_folder_of_the
 def test_the_report_lists_images_with_the_largest_errors_first(tmp_path):
     items = [("a", REAL, ""), ("b", FAKE, ""), ("c", REAL, ""), ("d", FAKE, ""), ("e", None, ""), ("f", REAL, "")]
     # The error of an image is the logit of the wrong class minus the logit of the correct class
-    # The errors of images a, b, c, d and f are 1, 5, -9, -3 and 2. Image e has no label and thus no error
+    # The errors of images a, b, c, d and f are 1, 5, -9, -3 and 2, and image e has no error, because it has no label
     logits = [[1, 0], [0, 5], [0, 9], [3, 0], [50, 0], [2, 0]]
     table = read_table(write_score_table(tmp_path, "s", [*make_rows_from_logits(items, logits), BROKEN]))
     assert [table.paths[i] for i in report_page.find_most_wrongly_scored_images(table)] == ["b", "f", "a", "d", "c"]

@@ -42,7 +42,7 @@ from evaluation.score_table import COLUMNS, read_table
 
 @pytest.fixture(scope="module")
 def authors_checkpoint_folder(tmp_path_factory):
-    """Return a folder with two images, VGG-19 weights, and checkpoints in the file formats of the release."""
+    """Return a folder with two images, VGG-19 weights, and checkpoints in the formats of the paper's authors."""
     return write_images_and_checkpoints_of_the_authors_format(tmp_path_factory.mktemp("release"))
 
 
@@ -188,7 +188,7 @@ def test_the_score_of_a_large_image_is_the_mean_over_its_crops(detector_file, tm
     names = [str(tmp_path / "images" / f"{key}.png") for key in range(4)]
     for key, size in enumerate([(40, 48), (40, 48), (16, 16), (12, 60)]):
         write_noise_image(names[key], key, size)
-    # Only with several crops per image, test.py scores an image (12 x 60) that is smaller than a crop (16 x 16)
+    # With --crops 1, test.py cannot score the fourth image, because its height of 12 pixels is below the crop size 16
     status = 1 if count == 1 else 0
     assert run_test_py(*make_arguments_of_test_py(own, tmp_path / "images", tmp_path / "p", "--crops", count)) == status
     logits = np.load(tmp_path / "p.npy")

@@ -56,7 +56,7 @@ def write_executable(path: Path, text: str) -> None:
 
 @pytest.fixture
 def project_copy(tmp_path):
-    """Return a copy of the project folder without images, tests and results, with STUB as the program `python`."""
+    """Return a folder with the project's programs and packages, and with the shell script STUB as the file `python`."""
     folder = tmp_path / "checkout"
     folder.mkdir()
     for file in ROOT.glob("*.py"):

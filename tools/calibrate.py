@@ -184,8 +184,8 @@ def fit_temperature(margins: np.ndarray, is_fake: np.ndarray) -> tuple[float, li
     """Find the temperature T that minimises the mean negative log-likelihood of P(fake).
 
     P(fake) of an image is sigmoid((logit_fake - logit_real) / T). The negative log-likelihood is convex in 1 / T, so
-    bisection finds the point where its derivative is 0. If the detector classifies every image correctly, the negative
-    log-likelihood has no minimum, and the function returns T = 1.
+    bisection finds the point where its derivative is 0. If no image has a larger logit for the wrong class,
+    `fit_temperature` returns T = 1, because no single temperature minimises the negative log-likelihood.
 
     Args:
         margins: logit_fake - logit_real of each image, (N,).
@@ -195,7 +195,7 @@ def fit_temperature(margins: np.ndarray, is_fake: np.ndarray) -> tuple[float, li
     """
     agreement = np.where(is_fake, margins, -margins)  # positive if the larger logit belongs to the correct class
     if agreement.min() >= 0:
-        return 1.0, ["the larger logit is correct for every image, so the temperature cannot be fitted and is set to 1"]
+        return 1.0, ["no image has a larger logit for the wrong class, so the temperature is not fitted but set to 1"]
     low, high = np.log(TEMPERATURES)
     for _ in range(BISECTIONS):
         middle = (low + high) / 2

@@ -28,7 +28,7 @@ from utils.random_streams import seeded_generator
 logger = logging.getLogger("tools.export")
 
 FORMAT = "beyond-the-spectrum graph, version 2"
-MARK = b"beyond-the-spectrum graph"  # each graph file of this program contains these bytes
+MARK = b"beyond-the-spectrum graph"  # bytes that each graph file of this program contains
 FACTS = "facts.json"  # name of the metadata file inside a .pt2 file
 SMALLEST_EXAMPLE = 96  # minimum height and width of example images in pixels, for detectors trained on whole images
 TOLERANCE = 1e-4  # largest allowed |g - d| / max(1, |d|), where g is an output of the graph, and d that of the detector
@@ -120,7 +120,7 @@ def convert_to_onnx(program: torch.export.ExportedProgram, axes: Mapping[int, st
             verbose=False,
         )
     except Exception as error:  # torch.onnx.export raises exceptions of many types
-        reason = get_first_line(error.__cause__ or error)
+        reason = get_first_line_of_message(error.__cause__ or error)
         raise UserError(
             f"PyTorch {torch.__version__} cannot convert this detector to ONNX ({reason}): use --out FILE.pt2"
         ) from None
@@ -178,7 +178,7 @@ def try_to_export_network(
         with torch.enable_grad():
             return torch.export.export(Graph(detector).eval(), (example,), dynamic_shapes=(dynamic_shape,)), ""
     except Exception as error:  # torch.export raises exceptions of many types
-        return None, get_first_line(error)
+        return None, get_first_line_of_message(error)
 
 
 def choose_image_sizes_for_comparison(detector: Detector) -> list[tuple[int, int, int]]:
@@ -218,8 +218,7 @@ def describe_detector_without_folders(detector: Detector) -> dict:
     return config
 
 
-def get_first_line(error: BaseException) -> str:
-    """Return the first line of the message of an exception."""
+def get_first_line_of_message(error: BaseException) -> str:
     return str(error).strip().partition("\n")[0]
 
 
@@ -267,7 +266,7 @@ def compare_graph_with_detector(path: Path, detector: Detector, data: bytes) -> 
         run, found = load_graph(data)
         results = [run(images[0])]
     except Exception as error:  # each runtime raises exceptions of its own types
-        reason = get_first_line(error)
+        reason = get_first_line_of_message(error)
         raise UserError(
             f"{name} is damaged or is not the graph of a detector ({reason}): export the graph again"
         ) from None
@@ -283,7 +282,7 @@ def compare_graph_with_detector(path: Path, detector: Detector, data: bytes) -> 
         except Exception as error:
             # The graph of a detector that was trained on whole images must accept images of any size
             if not detector.policy.crop_size:
-                reason = get_first_line(error)
+                reason = get_first_line_of_message(error)
                 size = f"{image.shape[3]} x {image.shape[2]} pixels"
                 raise UserError(
                     f"the graph {name} must accept images of any size, but cannot process images of {size} ({reason}):"
@@ -312,7 +311,7 @@ def compare_graph_with_detector(path: Path, detector: Detector, data: bytes) -> 
 def compute_largest_difference_from_detector(detector: Detector, image: Tensor, result: Sequence[np.ndarray]) -> float:
     """Compute the largest difference between the outputs of a graph and of the detector.
 
-    The function divides each difference by max(1, |d|), where d is the output of the detector.
+    Each difference is divided by max(1, |d|), where d is the output of the detector.
 
     Args:
         image: batch of images, uint8 (B, 3, H, W).

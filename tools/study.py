@@ -127,10 +127,10 @@ def compute_mean_metric_over_generators(entry: Entry, metric: str) -> float | No
 
 
 def metrics_by_generator(entry: Entry, intervals: bool) -> dict[str, dict]:
-    """Return {generator: metrics} for the generators of one line of a study file.
+    """Compute metrics for each generator of one line of a study file, as a dict {name of the generator: metrics}.
 
     Raises:
-        UserError: if the score table lacks a generator that the line names.
+        UserError: if `entry` names a generator that is not in its score table.
     """
     summary = compute_metrics_of_score_table(entry.scores, intervals)
     names = entry.generators or tuple(summary["generators"])

@@ -62,7 +62,10 @@ def write_fake_copies(photographs: str, out: Path, imitate: Imitate) -> None:
 
 
 def write_fake_copy(path: str, target: Path, imitate: Imitate) -> None:
-    """Write the fake copy (twin) of one image, with the size, the file format and the EXIF data of the image."""
+    """Write the fake copy (twin) of one image, with the size and the file format of the image.
+
+    The twin of a JPEG, PNG or WebP image also has the EXIF data and the ICC profile of the image.
+    """
     if not os.path.isfile(path):
         raise UserError("expected an image file, got a folder or a special file, such as a device or a pipe")
     with Image.open(path, formats=FORMATS) as image:

@@ -58,9 +58,9 @@ def remove_leftover_temporary_files(folder: Path, names: str = ".+", age: float 
 
 
 def choose_unique_names(paths: Sequence[str | os.PathLike]) -> list[str]:
-    """Return a name for each path: its last components, such as "run1/stylegan".
+    """Return the last N components of each path as its name, such as "run1/stylegan" for N = 2.
 
-    All names have the same number of components: the smallest number with which different paths get different names.
+    N is the smallest number with which different paths get different names.
     """
     parts = [Path(os.path.abspath(path)).parts for path in paths]
     length = 1

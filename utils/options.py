@@ -174,7 +174,7 @@ def add_detector_options(parser: Parser) -> None:
         help="features from which the residual is computed: pixels, vgg19, or a name that you have added to"
         " models.build.FEATURES (default: the value in the checkpoint if there is one, otherwise pixels)")  # fmt: skip
     add("--feature-args", action=KeyValues, nargs="+", metavar="KEY=VALUE",
-        help="arguments of the feature extractor that --features chooses, such as stage=3 for vgg19")  # fmt: skip
+        help="arguments of the feature network that --features chooses, such as stage=3 for vgg19")  # fmt: skip
     add("--idx-stages", dest="stage", type=create_argparse_number_type(int, 0, 5), metavar="0..5",
         help="features from which the residual is computed, chosen by a number instead of --features: 0 = pixels; N"
         " from 1 to 5 = output of VGG-19's layer reluN_1")  # fmt: skip
@@ -191,8 +191,8 @@ def add_detector_options(parser: Parser) -> None:
     add("--arch-args", action=KeyValues, nargs="+", metavar="KEY=VALUE",
         help="arguments with which the classifier of --arch is created, such as hidden=4 for spectrum")  # fmt: skip
     add("--input-channel", dest="in_channels", type=integer_from_1, metavar="N",
-        help="stop with an error if the residual does not have N channels; accepted because scripts of the paper's"
-        " authors give it")  # fmt: skip
+        help="expected number of channels of the residual, such as 3 for pixels. The program stops with an error if the"
+        " residual has another number of channels (default: any number of channels is accepted)")  # fmt: skip
     add("--no_dilation", dest="dilated", action="store_const", const=False,
         help="build layer3 and layer4 of the ResNet without dilated convolutions. All scripts of the paper's authors"
         " give this flag (default: the setting in the checkpoint if there is one, otherwise dilated"
@@ -368,7 +368,7 @@ def _add_memory_and_time_options(parser: Parser) -> None:
     """Add options of train_detector.py that affect memory and time."""
     add = parser.add_argument_group("memory and time").add_argument
     add("--micro-batch", type=integer_from_1, metavar="N",
-        help="pass N images at a time through the re-synthesizer and the feature extractor, to save memory. N changes"
+        help="pass N images at a time through the re-synthesizer and the feature network, to save memory. N changes"
         " the gradients only if the re-synthesizer has batch norm. Without --fixed-sr, this option costs one more"
         " forward pass per training step (default: the whole batch)")  # fmt: skip
     add("--crops-per-image", dest="crops", type=integer_from_0, default=0, metavar="N",

@@ -243,8 +243,8 @@ class Run(contextlib.AbstractContextManager):
         Args:
             values: dict from the name of a quantity, such as "psnr", to its value in the finished epoch. NaN and
                 infinite values are written as null to stats.jsonl.
-            score_name: key of the score in `values`, of which the highest finite value is the best. In a run without
-                validation images, `values` contains no score.
+            score_name: key in `values` of the score that selects the best epoch: the epoch with the highest finite
+                score. In a run without validation images, `values` does not contain this key.
             numbered: function that takes the state and returns the numbered checkpoints of the epoch, or None for no
                 numbered checkpoint.
         """

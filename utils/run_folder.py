@@ -47,7 +47,7 @@ class RunFolder:
         self.replacing = False  # whether an earlier run's files must be deleted after this run has saved a state
         self.replaced: list[Path] = []  # checkpoints and TensorBoard files of an earlier run that must be deleted
 
-    def prepare(self, resumed: Checkpoint | None, overwrite: bool) -> str | None:
+    def prepare_for_run(self, resumed: Checkpoint | None, overwrite: bool) -> str | None:
         """Read config.json, and determine whether the run is new, continues an earlier run, or replaces an earlier run.
 
         Args:
@@ -194,7 +194,7 @@ def open_run_folder(last: Path, world: World, resumed: Checkpoint | None, overwr
     folder = RunFolder(last)
     make_folder(folder.path)
     with hold_lock_file(folder.path / ".lock", world):
-        refusal = folder.prepare(resumed, overwrite) if world.is_main else None
+        refusal = folder.prepare_for_run(resumed, overwrite) if world.is_main else None
         refusal = broadcast_from_main(refusal, world)
         if refusal:
             raise UserError(refusal)

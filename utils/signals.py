@@ -17,7 +17,8 @@ class Stopped(Exception):
 class StopSignal:
     """A context manager that records SIGINT and SIGTERM, so that a run can finish the current step and save its state.
 
-    A second Ctrl-C stops the run at once, but a second SIGTERM does not, because torchrun may send SIGTERM twice.
+    If the first signal was SIGINT (Ctrl-C), a second SIGINT raises KeyboardInterrupt. A second SIGTERM is ignored,
+    because torchrun may send SIGTERM twice.
     """
 
     def __init__(self):

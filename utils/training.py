@@ -1,4 +1,4 @@
-"""The progress of a training run, and its optimizer steps in one or several processes."""
+"""The optimizer steps of a training run in one or several processes, and the counts and sums that a run saves."""
 
 import logging
 import math
@@ -39,7 +39,7 @@ class NotFinite(UserError):
 
 @dataclass
 class Progress:
-    """The progress of a training run, which every saved state contains."""
+    """The counts, the sums and the best score of a training run, which every saved state contains."""
 
     epoch: int = 0  # number of the current epoch, from 0
     step: int = 0  # number of finished batches of the current epoch
@@ -92,7 +92,7 @@ class Progress:
         self.left_out = 0
 
     def load_state(self, fields: Fields) -> None:
-        """Set the progress to the values in a saved state.
+        """Set all attributes to their values in `fields`, the entry "progress" of a saved state.
 
         Raises:
             UserError: if a value has a wrong type or is out of range.
@@ -117,7 +117,7 @@ LossOf = Callable[[object], tuple[Tensor, Mapping[str, Tensor]]]
 
 
 class Stepper:
-    """An optimizer with learning-rate schedule, gradient clipping and progress, for one or several processes.
+    """An optimizer with learning-rate schedule, gradient clipping and `Progress`, for one or several processes.
 
     Args:
         optimizer: PyTorch's optimizer, whose parameter groups have their base learning rates.
@@ -216,7 +216,7 @@ class Stepper:
         )
 
     def state_dict(self) -> dict:
-        """Return the state of the optimizer, the state of GradScaler, and the progress."""
+        """Return a dict with the states of the optimizer and of GradScaler, and with the attributes of `Progress`."""
         return {
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
@@ -224,7 +224,7 @@ class Stepper:
         }
 
     def load_state(self, resumed: Checkpoint | None, settings: Mapping) -> None:
-        """Load the optimizer state and the progress of the run to resume, and log each setting that has changed.
+        """Load the states of optimizer, GradScaler and `Progress` from a saved state, and warn about changed settings.
 
         Args:
             resumed: the saved state of the run to resume, or None to load nothing.
@@ -272,7 +272,7 @@ def _require_equal_shapes(parameter: Tensor, buffers: Mapping[str, object]) -> N
 
 
 def warn_about_changed_settings(earlier: Mapping, present: Mapping, progress: Progress) -> None:
-    """Log one warning for each setting that has changed since the run began.
+    """Log one warning for each setting outside FREE_SETTINGS that differs between a saved run and its continuation.
 
     If the validation images have changed, the best score in `progress` is removed.
     """
