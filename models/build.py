@@ -8,13 +8,13 @@ ResNet-152 have dilated convolutions, as in the code of the paper's authors.
 import inspect
 import logging
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from typing import Protocol
 
-import torch
 from torch import Tensor, nn
 
+from models.checks import check_features, check_resynthesizer, check_weights_against_recorded_fingerprint
 from models.config import (
     choose_arguments_from_checkpoint_or_option,
     choose_value_from_checkpoint_or_option,
@@ -24,6 +24,7 @@ from models.config import (
     read_vgg_source_and_fingerprint,
 )
 from models.controls import Bicubic, NoResynthesis
+from models.creation import create_network, create_torchvision_classifier, refuse_user_values_of_fixed_arguments
 from models.features import Pixels, VGG19Stage, find_stages_by_channel_count, get_features_name_and_arguments_of_stage
 from models.rdn import RDN
 from models.released import (
@@ -36,7 +37,7 @@ from models.resnet import DeepStemResNet
 from models.resynthesis import ResynthesisDetector
 from models.spectrum import ChannelPowerClassifier, SpectrumClassifier
 from utils.checkpoints import Checkpoint, compute_fingerprint, load_weights
-from utils.errors import UserError, describe_exception
+from utils.errors import UserError
 
 logger = logging.getLogger(__name__)
 
@@ -87,13 +88,8 @@ CLASSIFIERS = {
 }
 TORCHVISION = "torchvision:"  # prefix of the names of torchvision classifiers, such as torchvision:vit_b_16
 
-WITH_AUXILIARY_OUTPUTS = ("googlenet", "inception_v3")  # torchvision classifiers that also return auxiliary logits
-TORCHVISION_STRIDE = 32  # stride of the last feature map of most torchvision classifiers
-
 PAPER = {"resynthesizer": "rdn", "scale": 4, "stage": 0, "residual": "absolute", "classifier": "resnet50"}
 RESIDUALS = ("absolute", "signed")
-CHECKED_SIDE = 128  # approximate side length, in pixels, of the test image in `check_features`
-CHECKED_LOW_SIDE = 32  # side length, in pixels, of the low-resolution test image in `check_resynthesizer`
 RDN_OPTIONS = ("num_features", "growth_rate", "num_blocks", "num_layers")  # options that only an RDN has
 OPTION_NAMES = (
     *("sr_arch", "sr_args", "scale", *RDN_OPTIONS),
@@ -103,32 +99,6 @@ OPTION_NAMES = (
 
 
 # --- creation by name ---------------------------------------------------------------------------------------
-
-
-def create_network(kind: str, entries: Mapping, name: str, /, *required, **arguments) -> nn.Module:
-    """Create a network by its name in RESYNTHESIZERS, FEATURES or CLASSIFIERS.
-
-    Args:
-        kind: kind of network for error messages, such as "classifier".
-
-    Raises:
-        UserError: if `entries` does not contain `name`, or if the network does not accept the arguments.
-    """
-    if name not in entries:
-        raise UserError(
-            f"unknown {kind} {name!r}: expected one of {', '.join(entries)}, or a name that you have added"
-            " (docs/extending.md)"
-        )
-    entry = entries[name]
-    refuse_user_values_of_fixed_arguments(f"{kind} {name}", getattr(entry, "keywords", {}), arguments)
-    try:
-        inspect.signature(entry).bind(*required, **arguments)
-    except TypeError as error:
-        raise UserError(
-            f"the arguments of the {kind} {name} are wrong ({error}): expected arguments that fit the signature"
-            f" {inspect.signature(entry)}"
-        ) from None
-    return construct_network_or_raise_user_error(f"{kind} {name}", entry, *required, **arguments)
 
 
 def get_default_arguments(entries: Mapping, name: str) -> dict:
@@ -159,39 +129,6 @@ def add_default_arguments(entries: Mapping, config: Mapping) -> dict:
     return {"name": config["name"], "args": {**get_default_arguments(entries, config["name"]), **config["args"]}}
 
 
-def refuse_user_values_of_fixed_arguments(what: str, fixed: Iterable[str], arguments: Mapping) -> None:
-    """Raise a UserError if `arguments` contains an argument in `fixed`, which users cannot choose."""
-    refused = sorted(set(fixed) & arguments.keys())
-    if refused:
-        raise UserError(
-            f"{what}: the argument {refused[0]} cannot be chosen, because the program sets it: remove {refused[0]}"
-            " from the given arguments"
-        )
-
-
-def construct_network_or_raise_user_error(
-    what: str, entry: Callable[..., nn.Module], /, *required, **arguments
-) -> nn.Module:
-    """Call the constructor of a network, and raise a UserError if the constructor does not accept the arguments.
-
-    A NameError or AttributeError is raised unchanged, because such an error shows a mistake in the source code of the
-    network. If `arguments` contains only the scale, every exception is raised unchanged, because no wrong argument has
-    caused the exception.
-
-    Args:
-        what: name of the network for the error message, such as "classifier resnet50".
-    """
-    try:
-        return entry(*required, **arguments)
-    except (UserError, NameError, AttributeError):
-        raise
-    except Exception as error:
-        if not arguments.keys() - {"scale"}:
-            raise
-        reason = f"{type(error).__name__}: {describe_exception(error)}"
-        raise UserError(f"{what} cannot be created with the arguments {arguments}: {reason}") from None
-
-
 def create_classifier(name: str, channels: int, arguments: Mapping) -> nn.Module:
     """Create a classifier from its name in CLASSIFIERS, or from "torchvision:NAME" for a torchvision model."""
     if name.startswith(TORCHVISION):
@@ -203,49 +140,6 @@ def create_classifier(name: str, channels: int, arguments: Mapping) -> nn.Module
             " (docs/extending.md)"
         )
     return create_network("classifier", CLASSIFIERS, name, channels, **arguments)
-
-
-def create_torchvision_classifier(name: str, channels: int, arguments: Mapping) -> nn.Module:
-    """Create a classifier of torchvision.models with random weights, 2 outputs and `channels` input channels."""
-    import torchvision  # imported here, because the import takes longer than scoring an image
-
-    if name not in torchvision.models.list_models(module=torchvision.models):
-        raise UserError(
-            f"torchvision.models has no classifier called {name!r}: expected one of the names that"
-            " torchvision.models.list_models(module=torchvision.models) returns"
-        )
-    fixed = {"weights": None, "num_classes": 2}
-    if name in WITH_AUXILIARY_OUTPUTS:
-        fixed["aux_logits"] = False
-    refuse_user_values_of_fixed_arguments(f"torchvision's {name}", fixed, arguments)
-    entry = partial(torchvision.models.get_model, name, **fixed)
-    model = construct_network_or_raise_user_error(f"torchvision's {name}", entry, **arguments)
-    if any(isinstance(module, nn.BatchNorm2d) for module in model.modules()):
-        model.stride = TORCHVISION_STRIDE
-    for path, module in model.named_modules():
-        if isinstance(module, nn.Conv2d):
-            owner, _, attribute = path.rpartition(".")
-            setattr(
-                model.get_submodule(owner), attribute, recreate_convolution_with_other_input_channels(module, channels)
-            )
-            return model
-    raise UserError(
-        f"torchvision's {name} has no convolution that could take the residual as input: choose another classifier"
-        " with --arch"
-    )
-
-
-def recreate_convolution_with_other_input_channels(convolution: nn.Conv2d, channels: int) -> nn.Conv2d:
-    """Create a convolution with the settings of `convolution`, but with `channels` input channels."""
-    return nn.Conv2d(
-        channels,
-        convolution.out_channels,
-        convolution.kernel_size,
-        convolution.stride,
-        convolution.padding,
-        convolution.dilation,
-        bias=convolution.bias is not None,
-    )
 
 
 # --- the re-synthesizer -------------------------------------------------------------------------------------
@@ -348,7 +242,9 @@ def create_detector(
         "classifier": {"name": arch, "args": arguments},
     }
     detector, config = assemble_detector(model, config, options, vgg_source, None, "this new detector")
-    check_features(detector.features, config["features"])
+    part = config["features"]
+    create = partial(create_network, "feature network", FEATURES, part["name"], **part["args"])
+    check_features(detector.features, part["name"], create)
     return detector, config
 
 
@@ -614,57 +510,6 @@ def assemble_detector(
     return detector, complete
 
 
-@torch.no_grad()
-def check_resynthesizer(model: nn.Module, name: str, scale: int) -> None:
-    """Raise a UserError if a re-synthesizer does not enlarge a black test image by the factor `scale`."""
-    if getattr(model, "scale", None) != scale:
-        raise UserError(f"the re-synthesizer {name} must have the attribute scale = {scale}: set it in __init__")
-    model.eval()
-    x_hat = model(torch.zeros(1, 3, CHECKED_LOW_SIDE, CHECKED_LOW_SIDE))
-    model.train()
-    side = scale * CHECKED_LOW_SIDE
-    if tuple(x_hat.shape) != (1, 3, side, side):
-        raise UserError(
-            f"the re-synthesizer {name} must enlarge images of {CHECKED_LOW_SIDE} x {CHECKED_LOW_SIDE} pixels to the"
-            f" shape {(1, 3, side, side)}, got {tuple(x_hat.shape)}"
-        )
-
-
-@torch.no_grad()
-def check_features(features: nn.Module, config: Mapping) -> None:
-    """Raise a UserError if a feature network does not keep the rules in docs/extending.md.
-
-    Args:
-        config: dict with the keys "name" and "args", with which the feature network was created.
-
-    Raises:
-        UserError: if the shape of the feature maps does not match the attributes `channels` and `stride`.
-        UserError: if the feature network modifies its input in place, or gets different weights when created again.
-    """
-    name = config["name"]
-    side = max(CHECKED_SIDE // features.stride, 1)  # height and width of the feature maps
-    x = torch.rand(1, 3, side * features.stride, side * features.stride, generator=torch.Generator().manual_seed(0))
-    before = x.clone()
-    maps = features(x)
-    if not torch.equal(x, before):
-        raise UserError(f"the feature network {name} modifies its input in place: clone the input in `forward`")
-    if not hasattr(features, "load_pretrained"):
-        again = create_network("feature network", FEATURES, name, **config["args"])
-        if compute_fingerprint(again) != compute_fingerprint(features):
-            raise UserError(
-                f"the weights of the feature network {name} differ each time the network is created: set fixed weights"
-                " in its __init__"
-            )
-    expected = (1, features.channels, side, side)
-    if tuple(maps.shape) != expected:
-        raise UserError(
-            f"the feature network {name} returns feature maps of shape {tuple(maps.shape)} for an image of"
-            f" {side * features.stride} x {side * features.stride} pixels, but its attributes channels ="
-            f" {features.channels} and stride = {features.stride} require the shape {expected}: correct the attributes"
-            " or the network"
-        )
-
-
 def warn_that_resnet_is_dilated(name: str) -> None:
     """Warn that a ResNet is dilated because `--no_dilation` is not given."""
     logger.warning(
@@ -673,18 +518,3 @@ def warn_that_resnet_is_dilated(name: str) -> None:
         " detectors, or to train a detector with their settings",
         name,
     )
-
-
-def check_weights_against_recorded_fingerprint(module: nn.Module, recorded: object, what: str, name: str) -> None:
-    """Raise a UserError if the weights of a network do not have the fingerprint that its checkpoint contains.
-
-    Args:
-        recorded: fingerprint in the checkpoint, or None if the checkpoint contains no fingerprint.
-        what: kind of the network for the error message, such as "classifier".
-        name: name of the checkpoint for the error message.
-    """
-    if recorded not in (None, compute_fingerprint(module)):
-        raise UserError(
-            f"{name} is damaged: the weights of the {what} have changed since the file was saved; use an undamaged copy"
-            " of the file"
-        )
