@@ -18,8 +18,8 @@ PACKAGES = ("models", "data", "utils", "evaluation")
 
 def detector(checkpoint: str, **arguments):
     """Load a trained detector, with the arguments of `evaluation.load`."""
-    imports = contextlib.nullcontext() if is_project_already_imported() else put_project_packages_first()
-    with imports:
+    import_context = contextlib.nullcontext() if is_project_already_imported() else put_project_packages_first()
+    with import_context:
         from evaluation import load
 
         return load(checkpoint, **arguments)

@@ -47,6 +47,7 @@ from evaluation.detector import describe_training_images
 from evaluation.metrics import auroc
 from evaluation.training_pictures import read_one_real_and_fake_image, write_resynthesis_pictures
 from models.build import TORCHVISION, create_detector, load_detector
+from models.config import describe_network
 from models.features import VGG19, load_vgg
 from models.losses import compute_classification_loss, compute_residuals_and_auxiliary_losses
 from models.resynthesis import ResynthesisDetector, downsample
@@ -58,7 +59,7 @@ from utils.distributed import (
     all_reduce_sum,
     connect_processes,
 )
-from utils.errors import UserError, describe_exception, is_gpu_fault, run_program
+from utils.errors import UserError, describe_exception, describe_tensor, is_gpu_fault, run_program
 from utils.labels import FAKE, REAL
 from utils.optimizers import SCHEDULES, create_optimizer
 from utils.options import create_train_detector_parser
@@ -103,12 +104,13 @@ def main(args: Namespace) -> None:
         config["images"] = {"crop_size": args.crop_size, "resize": args.resize, **describe_training_images(images)}
         sampler = EpochBatchSampler(len(images), args.batch_size, args.seed, world)
         val_sampler = EpochBatchSampler(len(val_images), args.batch_size, world=world)
+        sizes, val_sizes = images.image_sizes, val_images.image_sizes
         if args.batch_size > 1:
-            require_equal_sizes(images.items, images.image_sizes)
-            require_equal_sizes(val_images.items, val_images.image_sizes)
-        for size in {images.image_sizes[0], *val_images.image_sizes[:1]}:
+            require_equal_sizes(images.items, sizes)
+            require_equal_sizes(val_images.items, val_sizes)
+        for size in {sizes[0], *val_sizes[:1]}:
             require_classifier_accepts_residual(detector, config["classifier"]["name"], size, compute)
-        min_images = find_smallest_trainable_batch_size(detector, images.image_sizes, sampler, compute)
+        min_images = find_smallest_trainable_batch_size(detector, sizes, sampler, compute)
         if world.is_main:
             run_and_log_quick_leak_audit(images.items, val_images.items)
 
@@ -236,8 +238,7 @@ def require_classifier_accepts_residual(
             " --resize or --arch"
         ) from error
     if not torch.is_tensor(logits) or logits.shape != (1, 2):
-        got = f"shape {tuple(logits.shape)}" if torch.is_tensor(logits) else type(logits).__name__
-        raise UserError(f"the classifier {name} must return logits of shape (B, 2), got {got}")
+        raise UserError(f"the classifier {name} must return logits of shape (B, 2), got {describe_tensor(logits)}")
 
 
 def find_smallest_trainable_batch_size(
@@ -310,10 +311,7 @@ def build_detector(options: dict, last: Path) -> tuple[ResynthesisDetector, dict
 
 def log_networks(config: dict) -> None:
     """Log one line with the names and the constructor arguments of the detector's three networks."""
-    networks = []
-    for kind in ("resynthesizer", "features", "classifier"):
-        arguments = [f"{key}={value}" for key, value in config[kind]["args"].items()]
-        networks.append(" ".join([config[kind]["name"], *arguments]))
+    networks = [describe_network(config[kind]) for kind in ("resynthesizer", "features", "classifier")]
     logger.info("re-synthesizer: %s; features: %s; classifier: %s", *networks)
 
 

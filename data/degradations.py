@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from data.perturbations import compress_as_jpeg
-from utils.errors import UserError
+from utils.errors import UserError, describe_tensor
 
 TASK_PROBABILITY = 0.5  # probability that a batch is degraded before the auxiliary loss is computed
 TASK_NOISE_STD = 4 / 255
@@ -106,10 +106,9 @@ def degrade_batch(degradation: Degradation, x_lr: Tensor, rngs: Sequence[np.rand
     for image, rng in zip(x_lr, rngs, strict=True):
         result = degradation(image, rng)
         if not torch.is_tensor(result) or result.shape != image.shape or result.dtype != image.dtype:
-            got = f"{tuple(result.shape)} and {result.dtype}" if torch.is_tensor(result) else type(result).__name__
             raise UserError(
-                "the degradation of the auxiliary task in --mode-sr must return a tensor of shape"
-                f" {tuple(image.shape)} and type {image.dtype}, got {got}"
+                "the degradation of the auxiliary task in --mode-sr must return a tensor of"
+                f" {describe_tensor(image)}, got {describe_tensor(result)}"
             )
         degraded.append(result)
     return torch.stack(degraded)

@@ -22,7 +22,7 @@ from PIL import Image
 from torch import Tensor
 
 from data.images import resize_bicubic
-from utils.errors import UserError
+from utils.errors import UserError, describe_tensor
 from utils.random_streams import seeded_generator
 
 # Constants of the protocol frank2020, from Frank et al.
@@ -290,11 +290,8 @@ class Perturbation(NamedTuple):
 def _require_image_of_equal_shape(perturbed: Tensor, image: Tensor, name: str) -> Tensor:
     """Return `perturbed`, or raise a TypeError if its type or shape differs from `image`."""
     if not torch.is_tensor(perturbed) or perturbed.dtype != image.dtype or perturbed.shape != image.shape:
-        is_tensor = torch.is_tensor(perturbed)
-        got = f"{perturbed.dtype} and {tuple(perturbed.shape)}" if is_tensor else type(perturbed).__name__
         raise TypeError(
-            f"the perturbation {name} must return a tensor of type {image.dtype} and shape {tuple(image.shape)}, got"
-            f" {got}"
+            f"the perturbation {name} must return a tensor of {describe_tensor(image)}, got {describe_tensor(perturbed)}"
         )
     return perturbed
 

@@ -89,7 +89,7 @@ class ScoreWriter:
             False if the score table and all residual pictures are finished already, otherwise True.
 
         Raises:
-            UserError: if the scoring settings in a partial table differ from those of this run.
+            UserError: if the scoring settings in a partial table differ from the scoring settings of this run.
             UserError: if the score table does not have one row per image, in the order of the images.
         """
         parts = find_partial_tables(self.table)

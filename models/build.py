@@ -14,10 +14,17 @@ from typing import Protocol
 
 from torch import Tensor, nn
 
-from models.checks import check_features, check_resynthesizer, check_weights_against_recorded_fingerprint
+from models.checks import (
+    check_features,
+    check_resynthesizer,
+    check_weights_against_recorded_fingerprint,
+    require_integer_attributes,
+    require_source_and_fingerprint,
+)
 from models.config import (
     choose_arguments_from_checkpoint_or_option,
     choose_value_from_checkpoint_or_option,
+    describe_network,
     read_config,
     read_fingerprint_of_config,
     read_network_settings_of_config,
@@ -126,7 +133,7 @@ def get_default_arguments(entries: Mapping, name: str) -> dict:
 
 def add_default_arguments(entries: Mapping, config: Mapping) -> dict:
     """Return the config of a network, a dict with the keys "name" and "args", with the default arguments added."""
-    return {"name": config["name"], "args": {**get_default_arguments(entries, config["name"]), **config["args"]}}
+    return {**config, "args": {**get_default_arguments(entries, config["name"]), **config["args"]}}
 
 
 def create_classifier(name: str, channels: int, arguments: Mapping) -> nn.Module:
@@ -180,7 +187,7 @@ def create_resynthesizer(checkpoint: Checkpoint | None, options: Mapping) -> tup
     else:
         load_weights(model, state, file)
         check_weights_against_recorded_fingerprint(model, checkpoint.content.get("fingerprint"), "re-synthesizer", file)
-    return model, {"name": name, "scale": scale, "args": {**defaults, **arguments}}
+    return model, add_default_arguments(RESYNTHESIZERS, {"name": name, "scale": scale, "args": arguments})
 
 
 def read_resynthesizer_config(
@@ -345,10 +352,10 @@ def choose_features_config(checkpoint: Checkpoint, state: Mapping[str, Tensor], 
     trained_with = (part["name"], {**defaults, **part["args"]})
     stage = options.get("stage")
     if stage is not None and get_features_name_and_arguments_of_stage(stage) != trained_with:
-        has = " ".join([part["name"], *[f"{key}={value}" for key, value in part["args"].items()]])
         raise UserError(
-            f"--idx-stages {stage} contradicts the checkpoint {name}, which was trained with the features {has}: leave"
-            f" --idx-stages out, or give a checkpoint that was trained with --idx-stages {stage}"
+            f"--idx-stages {stage} contradicts the checkpoint {name}, which was trained with the features"
+            f" {describe_network(part)}: leave --idx-stages out, or give a checkpoint that was trained with --idx-stages"
+            f" {stage}"
         )
     choose_value_from_checkpoint_or_option("--features", options.get("features"), part["name"], None, name)
     arguments = choose_arguments_from_checkpoint_or_option(
@@ -473,10 +480,7 @@ def assemble_detector(
         `load_pretrained`, because `load_pretrained` itself checks the fingerprint of the weights.
     """
     features = create_network("feature network", FEATURES, config["features"]["name"], **config["features"]["args"])
-    for attribute in ("channels", "stride"):
-        if not isinstance(getattr(features, attribute, None), int):
-            network = config["features"]["name"]
-            raise UserError(f"the feature network {network} must have an integer attribute {attribute}")
+    require_integer_attributes(features, config["features"]["name"])
     in_channels = options.get("in_channels")
     if in_channels not in (None, features.channels):
         chosen = config["features"]["name"]
@@ -487,11 +491,7 @@ def assemble_detector(
     vgg_record = features_fingerprint = None
     if hasattr(features, "load_pretrained"):
         vgg_record = features.load_pretrained(vgg_source, trained_with, name)
-        if not isinstance(vgg_record, Mapping) or not {"source", "fingerprint"} <= vgg_record.keys():
-            raise UserError(
-                f"the method load_pretrained of the feature network {config['features']['name']} must return a dict"
-                f" with the keys source and fingerprint, got {vgg_record!r}"
-            )
+        require_source_and_fingerprint(vgg_record, config["features"]["name"])
     else:
         features_fingerprint = compute_fingerprint(features)
     features.requires_grad_(False).eval()

@@ -1,6 +1,6 @@
 """Check that networks keep the rules of the extension protocols (docs/extending.md), and that weights are undamaged."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import nn
@@ -57,6 +57,22 @@ def check_features(features: nn.Module, name: str, create: Callable[[], nn.Modul
             f" {side * features.stride} x {side * features.stride} pixels, but its attributes channels ="
             f" {features.channels} and stride = {features.stride} require the shape {expected}: correct the attributes"
             " or the network"
+        )
+
+
+def require_integer_attributes(features: nn.Module, name: str) -> None:
+    """Raise a UserError if the attribute `channels` or `stride` of a feature network is not an integer."""
+    for attribute in ("channels", "stride"):
+        if not isinstance(getattr(features, attribute, None), int):
+            raise UserError(f"the feature network {name} must have an integer attribute {attribute}")
+
+
+def require_source_and_fingerprint(record: object, name: str) -> None:
+    """Raise a UserError if the method `load_pretrained` of a feature network has returned an unsuitable `record`."""
+    if not isinstance(record, Mapping) or not {"source", "fingerprint"} <= record.keys():
+        raise UserError(
+            f"the method load_pretrained of the feature network {name} must return a dict with the keys source and"
+            f" fingerprint, got {record!r}"
         )
 
 

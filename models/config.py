@@ -37,6 +37,15 @@ def read_network_settings_of_config(checkpoint: Checkpoint, key: str) -> dict | 
     }
 
 
+def describe_network(part: Mapping) -> str:
+    """Describe a network by its name and its arguments, such as "vgg19 stage=5".
+
+    Args:
+        part: dict with the keys "name" and "args".
+    """
+    return " ".join([part["name"], *[f"{key}={value}" for key, value in part["args"].items()]])
+
+
 def read_fingerprint_of_config(checkpoint: Checkpoint, key: str) -> str | None:
     """Return the fingerprint in the entry `key` of a checkpoint's config, or None if the config has no such entry."""
     return read_config(checkpoint).get_text_field(key, default=None)

@@ -31,7 +31,7 @@ def compute_transform_matrices() -> tuple[Tensor, Tensor, Tensor]:
     exponents = torch.arange(TILE_IN)
     powers = torch.tensor(POINTS, dtype=torch.float64)[:, None] ** exponents  # (5, 6)
     infinity = torch.eye(TILE_IN, dtype=torch.float64)
-    # The matrices input_1d, kernel_1d and output_1d are those of Winograd's algorithm in one dimension.
+    # Winograd's algorithm in one dimension has the matrices input_1d, kernel_1d and output_1d.
     # The value of a polynomial at infinity is defined as the coefficient of the highest power.
     input_1d = torch.cat([powers, infinity[-1:]]).inverse().T  # (6, 6)
     kernel_1d = torch.cat([powers[:, :3], infinity[2:3, :3]])  # (6, 3)

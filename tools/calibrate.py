@@ -121,8 +121,8 @@ def require_scores_computed_by_detector(content: Mapping, record: Mapping, name:
     for part, (expected, got) in fingerprints.items():
         if None not in (expected, got) and expected != got:
             raise UserError(
-                f"another detector computed the scores: expected {part} weights with the hash {expected}, got weights"
-                f" with the hash {got}; run test.py again with --resume {make_printable(name)}"
+                f"another detector computed the scores: expected {part} weights with the fingerprint {expected}, got"
+                f" the fingerprint {got}; run test.py again with --resume {make_printable(name)}"
             )
     perturbation = (record.get("perturbation") or {}).get("name", "none")
     if perturbation != "none":

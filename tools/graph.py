@@ -31,7 +31,7 @@ FORMAT = "beyond-the-spectrum graph, version 2"
 MARK = b"beyond-the-spectrum graph"  # bytes that each graph file of this program contains
 FACTS = "facts.json"  # name of the metadata file inside a .pt2 file
 SMALLEST_EXAMPLE = 96  # minimum height and width of example images in pixels, for detectors trained on whole images
-TOLERANCE = 1e-4  # largest allowed |g - d| / max(1, |d|), where g is an output of the graph, and d that of the detector
+TOLERANCE = 1e-4  # largest allowed |g - d| / max(1, |d|), where g and d are outputs of the graph and the detector
 # With onnxscript 0.7, PyTorch 2.6 cannot convert batch norms to ONNX
 TORCH_CONVERTS_BATCH_NORM = tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 7)
 

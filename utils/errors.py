@@ -42,6 +42,13 @@ def describe_exception(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
+def describe_tensor(value: object) -> str:
+    """Describe the type and the shape of a tensor, or only the type of any other value, for an error message."""
+    if torch.is_tensor(value):
+        return f"type {value.dtype} and shape {tuple(value.shape)}"
+    return f"type {type(value).__name__}"
+
+
 def run_program(main: Callable[[], int | None]) -> int:
     """Run a program, and report a user's mistake or a signal by one log line instead of a traceback.
 
