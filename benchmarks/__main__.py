@@ -71,7 +71,7 @@ def list_network_implementations(case: Case) -> list[str]:
 
 
 def estimate_tflop(case: Case) -> float:
-    """Estimate how many floating-point operations a benchmark case needs, in units of 10^12, if its task runs once."""
+    """Estimate the floating-point operations, in units of 10^12, of one run of the task of a benchmark case."""
     megapixels = case.images * (case.side / 1024) ** 2
     resynthesis = TFLOP["rdn"] + (2 * TFLOP["vgg"] if case.stage else 0)
     if case.kind == "step, fine-tuning":

@@ -291,7 +291,8 @@ def _require_image_of_equal_shape(perturbed: Tensor, image: Tensor, name: str) -
     """Return `perturbed`, or raise a TypeError if its type or shape differs from `image`."""
     if not torch.is_tensor(perturbed) or perturbed.dtype != image.dtype or perturbed.shape != image.shape:
         raise TypeError(
-            f"the perturbation {name} must return a tensor of {describe_tensor(image)}, got {describe_tensor(perturbed)}"
+            f"the perturbation {name} must return a tensor of {describe_tensor(image)}, got"
+            f" {describe_tensor(perturbed)}"
         )
     return perturbed
 

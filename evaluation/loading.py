@@ -159,7 +159,7 @@ def is_integer_at_least(value: object, lowest: int) -> bool:
 
 
 def check_image_settings_in_config(config: Mapping, name: str) -> Mapping:
-    """Return the checked entry "images" of a checkpoint's config, or an empty dict if there is no entry "images".
+    """Check and return the entry "images" of a checkpoint's config, or return an empty dict without this entry.
 
     Raises:
         UserError: if the entry "images" contains an invalid value.

@@ -354,8 +354,8 @@ def choose_features_config(checkpoint: Checkpoint, state: Mapping[str, Tensor], 
     if stage is not None and get_features_name_and_arguments_of_stage(stage) != trained_with:
         raise UserError(
             f"--idx-stages {stage} contradicts the checkpoint {name}, which was trained with the features"
-            f" {describe_network(part)}: leave --idx-stages out, or give a checkpoint that was trained with --idx-stages"
-            f" {stage}"
+            f" {describe_network(part)}: leave --idx-stages out, or give a checkpoint that was trained with"
+            f" --idx-stages {stage}"
         )
     choose_value_from_checkpoint_or_option("--features", options.get("features"), part["name"], None, name)
     arguments = choose_arguments_from_checkpoint_or_option(

@@ -32,7 +32,7 @@ def write_score_table(path, reals, fakes):
 
 
 def draw_overconfident_logit_margins(n_real=300, n_fake=250):
-    """Return margins, logit_fake - logit_real, of real images and of fake images for an overconfident detector.
+    """Return random margins (logit_fake - logit_real) of real images, and of fake images, by an overconfident detector.
 
     The margins of a calibrated detector would be four times smaller.
     """

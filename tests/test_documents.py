@@ -41,7 +41,7 @@ def commands_of_document(document: str) -> list[list[str]]:
 
 
 def collect_flags_of_programs_and_tools() -> set[str]:
-    """Return the flags of the programs and of torchrun, and all flags in tools, benchmarks, results and utils."""
+    """Return one set of all command-line flags of the three programs, torchrun and the Python files of other folders."""
     flags = set(PARSED_ELSEWHERE)
     for make_parser in PROGRAMS.values():
         flags.update(make_parser()._option_string_actions)

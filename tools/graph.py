@@ -209,7 +209,7 @@ def collect_graph_metadata(detector: Detector) -> dict[str, str]:
 
 
 def describe_detector_without_folders(detector: Detector) -> dict:
-    """Copy the config of a detector without folders of VGG-19 weight files, and add the classifier's weight hash."""
+    """Copy the config of a detector, remove the folder from paths of VGG-19 weights, and add the classifier's hash."""
     config = dict(detector.config)
     config["classifier_fingerprint"] = compute_fingerprint(detector.network.classifier)
     for part in ("vgg", "auxiliary_vgg"):

@@ -77,9 +77,7 @@ def load_score_tables(files: Sequence[str | os.PathLike], resamples: int = metri
 
 
 def choose_names_of_score_tables(files: Sequence[str | os.PathLike]) -> list[str]:
-    """Name each score table by the last N parts of its path without the file extension, such as "run1/scores".
-
-    N is the smallest number with which different paths get different names.
+    """Name each score table by as many last parts of its path as make all names different, such as "run1/scores".
 
     Raises:
         UserError: if `files` contains the same path twice.

@@ -63,7 +63,7 @@ def compute_authors_learning_rate_factor(epochs_total: int, epochs_done: float) 
     The factor is 1 in epoch 0, and 0.9999 cos(pi/2 * (e - 1) / (E - 1)) + 0.0001 in epoch e > 0, where E is
     `epochs_total`.
 
-    Release: the formula uses e - 1, because the code of the paper's authors sets the learning rate after each epoch.
+    Release: the code of the paper's authors sets the learning rate after each epoch, for the next epoch.
 
     Args:
         epochs_done: number of finished epochs, such as 2.5 in the middle of the third epoch.
