@@ -5,7 +5,6 @@ the tensor content["a"] has the name "a", and the tensor content["a"]["b"] has t
 """
 
 import hashlib
-import io
 import json
 import math
 import os
@@ -51,17 +50,18 @@ def save_checkpoint(content: dict, path: str | os.PathLike) -> None:
     Raises:
         UserError: if the file cannot be written.
     """
-    if is_safetensors_path(path):
-        data = _convert_to_safetensors_bytes(content)
-    else:
-        buffer = io.BytesIO()
-        torch.save(content, buffer)  # torch.save into the file itself would hide the reason why a write fails
-        data = buffer.getbuffer()
     try:
         with open_for_atomic_write(path) as file:
-            file.write(data)
-    except OSError as error:
-        text = f"cannot write {make_printable(path)} ({error.strerror}); the earlier file is unchanged"
+            if is_safetensors_path(path):
+                file.write(_convert_to_safetensors_bytes(content))
+            else:
+                torch.save(content, file)
+    except (OSError, RuntimeError) as error:
+        # After a failed write, torch.save may raise a RuntimeError. Then, __context__ is the OSError of the write.
+        write_error = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(write_error, OSError):
+            raise
+        text = f"cannot write {make_printable(path)} ({write_error.strerror}); the earlier file is unchanged"
         raise UserError(text) from error
 
 
