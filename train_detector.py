@@ -44,7 +44,6 @@ from data.lists import (
 from data.perturbations import perturb_at_random
 from data.residuals import CacheOptions, ResidualDataset, create_residual_datasets
 from evaluation.detector import describe_training_images
-from evaluation.metrics import auroc
 from evaluation.training_pictures import read_one_real_and_fake_image, write_resynthesis_pictures
 from models.build import TORCHVISION, create_detector, load_detector
 from models.config import describe_network
@@ -561,6 +560,8 @@ def compute_validation_metrics(
 
     The AUROC is NaN if a logit is not finite.
     """
+    from evaluation.metrics import auroc  # imported here, because scikit-learn takes a second to import
+
     detector.eval()
     labels = [torch.empty(0, dtype=torch.int64)]
     logits = [torch.empty(0, 2)]

@@ -23,7 +23,6 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchmetrics.functional.image import structural_similarity_index_measure
 
 from data.datasets import Batch, EpochBatchSampler, ImageDataset, Key, PatchDataset, RowKey, make_loader
 from data.degradations import degrade_patch
@@ -294,6 +293,9 @@ def compute_psnr_and_ssim_of_one_image(y: Tensor, x: Tensor) -> tuple[float, flo
         y: the enlarged image, (1, 3, H, W), which is clipped to [0, 1].
         x: the original image, (1, 3, H, W) in [0, 1].
     """
+    # imported here, because TorchMetrics takes two seconds to import
+    from torchmetrics.functional.image import structural_similarity_index_measure
+
     y = y.float().clamp(0, 1).contiguous()
     mse = F.mse_loss(y, x).clamp(min=SMALLEST_MSE)
     psnr = -10 * torch.log10(mse)
