@@ -259,10 +259,11 @@ def find_smallest_trainable_batch_size(
         return 1
     if sampler.compute_smallest_batch_size_of_any_process() == 1:
         raise UserError(
-            f"batch norm cannot be trained on batches of one image with {width} x {height} residual values per channel:"
-            f" choose either another --batch-size, so that every batch has at least two images per process (got"
-            f" --batch-size {sampler.batch_size}, {sampler.count} samples per epoch, {sampler.world.size} process(es)),"
-            " or larger images with --crop-size or --resize"
+            f"a batch has only one image per process, and the classifier reduces its residual of {width} x {height}"
+            " values per channel to one value per channel, which is too few to train batch norm: use larger images"
+            " (--crop-size or --resize), or another --batch-size, so that each process gets at least two images per"
+            f" batch (got --batch-size {sampler.batch_size}, {sampler.count} samples per epoch, {sampler.world.size}"
+            " process(es))"
         )
     logger.warning(
         "warning: the smallest residual has only %d x %d values per channel, and the stride of the classifier is %d, so"
@@ -311,7 +312,7 @@ def build_detector(options: dict, last: Path) -> tuple[ResynthesisDetector, dict
 def log_networks(config: dict) -> None:
     """Log one line with the names and the constructor arguments of the detector's three networks."""
     networks = [describe_network(config[kind]) for kind in ("resynthesizer", "features", "classifier")]
-    logger.info("re-synthesizer: %s; features: %s; classifier: %s", *networks)
+    logger.info("re-synthesizer: %s; feature network: %s; classifier: %s", *networks)
 
 
 def load_vgg_for_auxiliary_loss(config: dict, weight: float, source: str, compute: Compute) -> VGG19 | None:

@@ -99,7 +99,11 @@ def measure_case_in_new_process(case: Case) -> dict[str, float] | None:
 
 
 def measure_implementations_of_case(case: Case, rounds: int) -> tuple[str, ...]:
-    """Measure a case `rounds` times with each implementation. Return the texts of the cells in the case's table row."""
+    """Measure the time of one case with each implementation, and return the cells of the case's row in the table.
+
+    Args:
+        rounds: number of measurements with each implementation, of which the shortest counts.
+    """
     best = {}
     for _ in range(rounds):
         for form in list_network_implementations(case):

@@ -4,7 +4,7 @@ According to section 3.3 of the paper, auxiliary tasks, in which the re-synthesi
 residual robust to perturbations of the image. Images that are not degraded are float tensors (3, h, w) with values in
 [0, 1].
 
-To add an auxiliary task, write a function like `create_noise_degradation`, and add the function to TASKS.
+To add an auxiliary task, write a function like `create_denoising_degradation`, and add the function to TASKS.
 """
 
 import math
@@ -64,7 +64,7 @@ def compress_float_image_as_jpeg(image: Tensor, quality: int) -> Tensor:
 # --- auxiliary tasks of train_detector.py: --mode-sr ----------------------------------------------------------
 
 
-def create_grey_pixel_degradation(batch_rng: np.random.Generator) -> Degradation:
+def create_colorization_degradation(batch_rng: np.random.Generator) -> Degradation:
     """Return a function that turns random pixels of an image grey, for the auxiliary task "colorization".
 
     The fraction of grey pixels is drawn at random, once for all images of a batch.
@@ -73,13 +73,13 @@ def create_grey_pixel_degradation(batch_rng: np.random.Generator) -> Degradation
     return lambda image, rng: turn_random_pixels_grey(image, fraction, rng)
 
 
-def create_noise_degradation(batch_rng: np.random.Generator) -> Degradation:
+def create_denoising_degradation(batch_rng: np.random.Generator) -> Degradation:
     """Return a function that adds Gaussian noise to an image, for the auxiliary task "denoising"."""
     return lambda image, rng: add_noise_to_float_image(image, TASK_NOISE_STD, rng)
 
 
 # TASKS maps each auxiliary task to a function that takes a random generator and returns a `Degradation`.
-TASKS = {"none": None, "colorization": create_grey_pixel_degradation, "denoising": create_noise_degradation}
+TASKS = {"none": None, "colorization": create_colorization_degradation, "denoising": create_denoising_degradation}
 
 
 def require_known_auxiliary_task(name: str) -> None:

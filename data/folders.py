@@ -123,7 +123,7 @@ def _find_reason_to_leave_out_file(folder: str, name: str, has_table: bool) -> s
 
 
 def describe_picture_written_by_test_py(path: str) -> str | None:
-    """Return "residual picture" or "figure of a score table" for a picture that test.py has written, or else None."""
+    """Describe a file written by test.py: "residual picture", "figure of a score table", or None for any other file."""
     if path.endswith(RESIDUAL_PICTURE_SUFFIX):
         return "residual picture"
     if path.endswith(".png") and _is_score_table(f"{path.removesuffix('.png')}.csv"):

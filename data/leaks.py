@@ -26,8 +26,8 @@ logger = logging.getLogger(__name__)
 
 LEAK, WARNING = "leak", "warning"
 SEVERITIES = (LEAK, WARNING)
-# Smallest differences, reported as a leak or as a warning, between the fractions of the real and of the fake images
-# with one attribute value, such as the format PNG.
+# An attribute value, such as the format PNG, is a leak if the fraction of real images with this value and the fraction of
+# fake images with this value differ by at least LEAK_DIFFERENCE. It is a warning from WARNING_DIFFERENCE.
 LEAK_DIFFERENCE, WARNING_DIFFERENCE = 0.5, 0.2
 SAMPLE = 2000  # maximum number of images of one class and one split that `audit_images` reads if `quick` is True
 THREADS = 8
@@ -107,10 +107,8 @@ def run_and_log_quick_leak_audit(train_items: Sequence[Item], val_items: Sequenc
     logger.info("leak audit read %d of %d image files, result: %s", result.checked, count, summary)
     for finding in result.findings[:3]:
         logger.warning(
-            'leak audit, check "%s": %s: %s',
-            finding.check,
-            finding.severity.upper(),
-            finding.message,
+            "leak audit, %(severity)s in the check of %(check)s: %(message)s",
+            {"severity": finding.severity.upper(), "check": finding.check, "message": finding.message},
         )
 
 

@@ -22,8 +22,8 @@ logger = logging.getLogger(__name__)
 
 LABELS = {"real": REAL, "fake": FAKE, "1": REAL, "0": FAKE}  # text in the column "label" of a CSV table -> label
 # Each pair in LAYOUTS contains the folder names of the real and of the fake images in one public data set.
-# The data set of "CNN-generated images are surprisingly easy to spot... for now" (CVPR 2020) uses 0_real and 1_fake.
-# The data set GenImage (NeurIPS 2023) uses nature and ai.
+# The data set of "CNN-generated images are surprisingly easy to spot... for now" (CVPR 2020) has the folders
+# 0_real and 1_fake. The data set GenImage (NeurIPS 2023) has the folders nature and ai.
 LAYOUTS = (("0_real", "1_fake"), ("nature", "ai"))
 TRAIN_FOLDERS = ("train", "training")
 HELD_OUT_FOLDERS = ("val", "valid", "validation", "test")

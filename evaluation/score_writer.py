@@ -36,7 +36,7 @@ from utils.files import open_for_atomic_write, write_json
 logger = logging.getLogger(__name__)
 
 PARTIAL_TABLE_MARK = "# part of a score table by test.py: "
-# The column "index" of a partial table holds the position of the image in the list of scored images
+# Each process writes its rows to a partial table. The column "index" is the position in the list of images to score
 PARTIAL_TABLE_COLUMNS = ("index", *COLUMNS[len(Item._fields) :], "size", "mtime_ns")
 
 
@@ -110,7 +110,7 @@ class ScoreWriter:
         if overwrite and self.world.is_main:
             delete_partial_table_files(parts.values())
         self._open_new_partial_table(max(parts, default=-1) + 1 + self.world.rank)
-        # Rows of the old score table are copied, because the new score table is written only from partial tables
+        # The new score table will be joined from partial tables, so the old table's rows are copied into a partial table
         if use_rows_of_table and self.world.is_main:
             for i, row in self._read_rows_of_table():
                 self.write_rows({i: row})

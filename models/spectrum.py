@@ -26,10 +26,10 @@ class SpectrumClassifier(nn.Module):
     mean log power of the neighbouring frequencies is subtracted from the log power of each frequency. The differences
     of log powers show the peaks and edges that up-sampling causes in a spectrum.
 
-    Each logit of this classifier is the sum of the output of a network with one hidden layer and w * log(d) (for FAKE)
-    or -w * log(d) (for REAL), with a learned weight w. The distance d of an image from real images is the mean square
-    of the outputs of a linear layer, which is applied to the standardized differences of log powers. A large distance d
-    raises the logit for FAKE, also for images of generators that are unseen in training.
+    A linear layer is applied to the standardized differences. The mean square of its outputs is called d: the distance
+    of the image from real images. A network with one hidden layer computes two logits. Then w * log(d) is added to the
+    logit for FAKE, and subtracted from the logit for REAL. The weight w is learned. So a large distance d raises the
+    logit for FAKE, also for images of generators that are unseen in training.
 
     Use this classifier with `--residual signed`, because `--residual absolute` replaces each residual by its absolute
     value, which has another spectrum.

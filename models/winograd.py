@@ -106,8 +106,7 @@ class DenseMaps:
             if self.added == 1:
                 # For a single feature map, conv2d is faster if the tiles form rows and columns instead of one long row
                 values = maps[0].view(-1, self.columns, maps.shape[2])
-            # For one feature map, `products` has the shape (1, 36 * O, rows, columns).
-            # For several feature maps, `products` has the shape (1, 36 * O, 1, n).
+            # The shape of `products` is (1, 36 * O, rows, columns) for one stored feature map, else (1, 36 * O, 1, n).
             products = F.conv2d(values.permute(2, 0, 1)[None], weight, groups=PRODUCTS)
             products = products.permute(0, 2, 3, 1).reshape(-1, PRODUCTS, out_channels)  # (n, 36, O)
             y = OUTPUT @ products  # (n, 16, O)

@@ -40,7 +40,7 @@ def draw_overconfident_logit_margins(n_real=300, n_fake=250):
     return 8 * rng.normal(-1, 1, n_real), 8 * rng.normal(1, 1, n_fake)
 
 
-def make_constant_last_layer_weights(value):
+def create_equal_last_layer_weights(value):
     """Return the last layer of a classifier, whose weights all have the given value and whose biases are 0."""
     return {"fc.weight": torch.full((2, 3), value), "fc.bias": torch.zeros(2)}
 
@@ -55,7 +55,7 @@ def checkpoint_path(tmp_path):
         "images": IMAGES,
     }
     checkpoints.save_checkpoint(
-        {"epoch": 3, "state_dict": make_constant_last_layer_weights(0.5), "config": config},
+        {"epoch": 3, "state_dict": create_equal_last_layer_weights(0.5), "config": config},
         tmp_path / "detector.pth.tar",
     )
     return tmp_path / "detector.pth.tar"
@@ -166,11 +166,11 @@ def test_calibrating_a_symbolic_link_keeps_the_link_and_changes_its_target_file(
 # --- refused score tables and detectors
 
 OWN = {
-    "classifier_fingerprint": checkpoints.compute_fingerprint(make_constant_last_layer_weights(0.5)),
+    "classifier_fingerprint": checkpoints.compute_fingerprint(create_equal_last_layer_weights(0.5)),
     "resynthesizer_fingerprint": "aaaa",
     "vgg": {"fingerprint": "bbbb"},
 }
-OTHER_WEIGHTS = checkpoints.compute_fingerprint(make_constant_last_layer_weights(0.25))
+OTHER_WEIGHTS = checkpoints.compute_fingerprint(create_equal_last_layer_weights(0.25))
 CASES = {
     "the same detector": ({"detector": OWN, "perturbation": {"name": "none"}, "scoring_settings": SETTINGS}, None),
     "a released detector": ({"detector": {"classifier_fingerprint": OWN["classifier_fingerprint"]}}, None),

@@ -44,7 +44,7 @@ pytestmark = pytest.mark.usefixtures("shrink_resnet18")
 
 SAVE_EVERY_STEP = ["--save-minutes", "0"]
 AUTO = ["--resume", "auto"]
-# training -> (program, function that returns the command line, last checkpoint, additional flags)
+# name of the training -> (program, function that returns its flags, file of its last checkpoint, further flags)
 TRAININGS = {
     "super-resolution": (
         "train_sr.py",

@@ -45,7 +45,7 @@ class Scores(NamedTuple):
         return PerturbationSetting(recorded.get("name") or "none", recorded.get("strength"))
 
     @property
-    def detector(self) -> str:
+    def detector_fingerprints(self) -> str:
         """The weight hashes of the classifier and the re-synthesizer as one text, or "" if no detector was recorded."""
         recorded = self.record.get("detector")
         if not isinstance(recorded, dict):
@@ -151,7 +151,7 @@ def group_score_tables_by_detector(tables: Sequence[Scores]) -> list[list[Scores
     """Group score tables that were computed with the same detector."""
     groups = {}
     for scores in tables:
-        groups.setdefault(scores.detector, []).append(scores)
+        groups.setdefault(scores.detector_fingerprints, []).append(scores)
     return list(groups.values())
 
 

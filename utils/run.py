@@ -202,7 +202,7 @@ class Run(contextlib.AbstractContextManager):
                 usable = batch
                 yield batch
             else:
-                errors = self._log_images_of_small_batch(batch, min_images)
+                errors = self._log_images_of_too_small_batch(batch, min_images)
                 if training and self.world.size > 1:
                     yield _repeat_images_to_fill_batch(usable or batch, min_images)._replace(errors=errors)
                 elif training:
@@ -218,7 +218,7 @@ class Run(contextlib.AbstractContextManager):
                 raise UserError(f"{text}; repair or remove the image, or leave out such images with --skip-bad")
             self._log_left_out_image(text)
 
-    def _log_images_of_small_batch(self, batch, min_images: int) -> dict[int, str]:
+    def _log_images_of_too_small_batch(self, batch, min_images: int) -> dict[int, str]:
         """Log that all images of a batch are left out, and return the reasons by index of the image in the dataset."""
         errors = dict(batch.errors)
         for item, key in zip(batch.items, batch.keys, strict=True):
