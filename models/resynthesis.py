@@ -69,8 +69,8 @@ class ResynthesisDetector(nn.Module):
     def classify(self, residual: Tensor) -> Tensor:
         """Compute the logits (B, 2) of residuals (B, C_l, H_l, W_l).
 
-        The classifier computes in float32 also under autocast, because a batch norm over only a few values per channel
-        would amplify the rounding errors of bf16.
+        The classifier computes in float32 also under autocast, because gradients of its convolutions were infinite in
+        bf16 for small residuals on a CPU.
         """
         with torch.autocast(residual.device.type, enabled=False):
             return self.classifier(residual.float())
