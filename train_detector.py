@@ -303,6 +303,11 @@ def build_detector(options: dict, last: Path) -> tuple[ResynthesisDetector, dict
     if not options["fixed_resynthesizer"] and not list(detector.resynthesizer.parameters()):
         raise UserError("the re-synthesizer has no parameters to train: pass --fixed-sr")
     log_networks(config)
+    if origin and "calibration" in origin.content:
+        text = (
+            "the calibration in %s fits only the present weights: the checkpoints of this training have no calibration"
+        )
+        logger.info(text, origin.name)
     if resumed is None:
         # A new run may use other VGG-19 weights for the auxiliary loss than the checkpoint from which it starts.
         config.pop("auxiliary_vgg", None)

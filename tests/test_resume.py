@@ -217,6 +217,17 @@ def test_the_flag_resume_with_a_checkpoint_has_priority_over_the_flag_init(train
     assert read_checkpoint_content(tmp_path / "second/last.pth.tar")["progress"]["epoch"] == 2
 
 
+def test_resuming_a_calibrated_detector_reports_that_its_calibration_is_not_kept(training_files, tmp_path, caplog):
+    run_training(make_arguments_of_train_detector(training_files, tmp_path, "--fixed-sr --epochs 1"))
+    last = tmp_path / "last.pth.tar"
+    calibration = {"temperature": 2.0, "t_real": 0.4, "t_fake": 0.6}
+    torch.save({**read_checkpoint_content(last), "calibration": calibration}, last)
+    caplog.set_level("INFO")
+    run_training(make_arguments_of_train_detector(training_files, tmp_path, "--fixed-sr --epochs 2 --resume auto"))
+    assert f"the calibration in {last} fits only the present weights" in caplog.text
+    assert "calibration" not in read_checkpoint_content(last)
+
+
 def test_resuming_an_older_checkpoint_of_the_same_folder_gives_a_warning_and_an_unused_overwrite_a_line(
     training_files, tmp_path, caplog
 ):
