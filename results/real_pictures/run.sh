@@ -97,11 +97,15 @@ for input in $inputs; do
         [[ "$training_set" != all ]] || seen=${generators[*]}
         for seed in ${SEEDS:-123}; do
             name=${input}_on_${training_set//+/_and_}
-            [[ "$seed" == 123 ]] || name+=_seed$seed # 123 is the default seed of train_detector.py
+            faces_name=${name}_faces
+            if [[ "$seed" != 123 ]]; then # 123 is the default seed of train_detector.py
+                name+=_seed$seed
+                faces_name+=_seed$seed
+            fi
             detector "$name" "$epochs" "$seen" --seed "$seed" "${network[@]}" "${recipe[@]}"
-            if [[ "$input" == spectrum* && -n "${FACES:-}" && ! -f "$out/scores/${name}_faces.csv" ]]; then
+            if [[ "$input" == spectrum* && -n "${FACES:-}" && ! -f "$out/scores/$faces_name.csv" ]]; then
                 score "$name" --data-root-pos "$FACES/val/real" --data-root-neg "$FACES/val/stylegan2" \
-                    --save_path "$out/scores/${name}_faces"
+                    --save_path "$out/scores/$faces_name"
             fi
         done
     done
