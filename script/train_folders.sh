@@ -6,16 +6,16 @@
 # small RDN on the other real pictures, and a detector on crops of SIDE x SIDE pixels. Then it calibrates the detector on
 # the held-out pictures.
 #
-# With fewer than 600 pictures, the detector is a spectrum classifier on the signed pixel residual, because a ResNet would
-#   memorise so few pictures. With 600 pictures or more, it is a ResNet-18 on the pixel residual or, if VGG_WEIGHTS is set, on
-#   the stage-4 residual of VGG-19. The stage-4 residual is robust to compression.
-# With fewer than 600 pictures, up-sampled copies of the real pictures are added to the generated pictures, so that the
-#   spectrum classifier does not learn a single generator only. AUTOENCODER="ENCODER DECODER" replaces the up-sampled copies
-#   by copies that this autoencoder makes ("twins").
-# docs/results.md contains the test results of these detectors. A second call resumes a call that was stopped.
+# CLASSIFIER=spectrum trains a spectrum classifier on the signed pixel residual. Up-sampled copies of the real pictures are
+#   added to the generated pictures, so that the classifier does not learn a single generator only. AUTOENCODER="ENCODER
+#   DECODER" replaces the up-sampled copies by copies that this autoencoder makes ("twins"). CLASSIFIER=spectrum is the
+#   default for fewer than 600 pictures, because a ResNet would memorise so few pictures.
+# CLASSIFIER=resnet18 trains a ResNet-18 on the pixel residual or, if VGG_WEIGHTS is set, on the stage-4 residual of VGG-19,
+#   which is robust to compression. CLASSIFIER=resnet18 is the default for 600 pictures or more.
+# docs/results.md compares both. A second call resumes a call that was stopped.
 #
 # Environment variables and defaults: OUT=output/folders, GPU=cpu, SIDE=128 (stage 4: 256), CROPS=4 for each picture
-# (ResNet-18: 2, stage 4: 1), AUTOENCODER="", VGG_WEIGHTS="".
+# (ResNet-18: 2, stage 4: 1), CLASSIFIER, AUTOENCODER="", VGG_WEIGHTS="".
 source "$(dirname "$0")/common.sh"
 folders=()
 while [[ $# -gt 0 && "$1" != -* ]]; do
@@ -24,12 +24,14 @@ while [[ $# -gt 0 && "$1" != -* ]]; do
 done
 [[ ${#folders[@]} -ge 2 ]] ||
     fail "usage: bash script/train_folders.sh REAL_DIR GENERATED_DIR [GENERATED_DIR ...] [flags]"
+[[ "${CLASSIFIER:-spectrum}" =~ ^(spectrum|resnet18)$ ]] ||
+    fail "CLASSIFIER must be spectrum or resnet18, got $CLASSIFIER"
 find_python
 started=$SECONDS
 out=${OUT:-$root/output/folders}
 gpu=${GPU:-cpu}
 
-# The first call counts the pictures. Later calls use the same number, so that a resumed training keeps its recipe.
+# The first call counts the pictures. Later calls use the same number, so that a resumed training keeps its classifier.
 mkdir -p "$out"
 if [[ ! -f "$out/picture_count.txt" ]]; then
     count_images "${folders[@]}" >"$out/picture_count.tmp"
@@ -37,6 +39,12 @@ if [[ ! -f "$out/picture_count.txt" ]]; then
 fi
 pictures=$(<"$out/picture_count.txt")
 if [[ $pictures -lt 600 ]]; then
+    classifier=${CLASSIFIER:-spectrum}
+else
+    classifier=${CLASSIFIER:-resnet18}
+fi
+
+if [[ $classifier == spectrum ]]; then
     learning=(--residual signed --arch spectrum --optimizer adamw --lr 2e-3 --wd 0.05)
     side=${SIDE:-128} crops=${CROPS:-4}
     steps=400 batch=64

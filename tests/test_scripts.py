@@ -48,6 +48,18 @@ esac
 """
 
 
+# TRAINING_STUB replaces Python, but only for programs that train, test or use a detector. It writes their command lines to
+# the file `recorded`. Other programs are run by the real Python.
+TRAINING_STUB = f"""#!/usr/bin/env bash
+case "$1" in
+    */train_sr.py | */train_detector.py | */test.py | */tools/calibrate.py | */tools/report.py)
+        echo "$@" >> "$(dirname "$0")/recorded"
+        ;;
+    *) exec {sys.executable} "$@" ;;
+esac
+"""
+
+
 def write_executable(path: Path, text: str) -> None:
     """Write an executable file."""
     path.write_text(text)
@@ -511,3 +523,55 @@ def test_the_test_script_gives_equal_logits_with_one_and_two_processes(project_c
         result = run_script(project_copy, "test_pixel_celeba.sh", "cpu", *flags, **environment)
         assert result.returncode == 0, result.stderr
     np.testing.assert_array_equal(np.load(project_copy / "one.npy"), np.load(project_copy / "two.npy"))
+
+
+# --- train_folders.sh ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def folders_with_pictures(tmp_path):
+    """Return a folder with 12 real and 12 fake pictures in the folders "real" and "fake"."""
+    rng = np.random.default_rng(0)
+    for name in ("real", "fake"):
+        (tmp_path / "pictures" / name).mkdir(parents=True)
+        for i in range(12):
+            pixels = rng.integers(0, 256, (128, 128, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "pictures" / name / f"{i}.png")
+    return tmp_path / "pictures"
+
+
+@pytest.mark.parametrize(
+    "pictures, variables, classifier",
+    [
+        (24, {}, "spectrum"),
+        (600, {}, "resnet18"),
+        (600, {"CLASSIFIER": "spectrum"}, "spectrum"),
+    ],
+)
+def test_train_folders_chooses_the_classifier_by_the_number_of_pictures_or_as_the_user_says(
+    project_copy, folders_with_pictures, tmp_path, pictures, variables, classifier
+):
+    write_executable(project_copy / "python", TRAINING_STUB)
+    out = tmp_path / "out"
+    if pictures != 24:
+        out.mkdir()
+        (out / "picture_count.txt").write_text(str(pictures))  # as if an earlier call had counted so many pictures
+    folders = [folders_with_pictures / "real", folders_with_pictures / "fake"]
+    run = run_script(project_copy, "train_folders.sh", *folders, "--seed", "5", OUT=str(out), **variables)
+    assert run.returncode == 0, run.stderr
+    commands = (project_copy / "recorded").read_text().splitlines()
+    programs = [Path(command.split()[0]).name for command in commands]
+    assert programs == ["train_sr.py", "train_detector.py", "test.py", "calibrate.py", "test.py", "report.py"]
+    words = commands[1].split()
+    assert words[words.index("--arch") + 1] == classifier and words[-2:] == ["--seed", "5"]
+    training, held_out = ((out / name).read_text() for name in ("train.csv", "held_out.csv"))
+    assert ("copies" in training) == ("copies" in held_out) == (classifier == "spectrum")
+    assert ("--residual signed" in commands[1]) == (classifier == "spectrum")
+
+
+def test_train_folders_refuses_an_unknown_classifier(project_copy, folders_with_pictures, tmp_path):
+    write_executable(project_copy / "python", TRAINING_STUB)
+    folders = [folders_with_pictures / "real", folders_with_pictures / "fake"]
+    run = run_script(project_copy, "train_folders.sh", *folders, OUT=str(tmp_path / "out"), CLASSIFIER="vit")
+    assert run.returncode == 2 and "CLASSIFIER must be spectrum or resnet18, got vit" in run.stderr
+    assert not (project_copy / "recorded").exists()
