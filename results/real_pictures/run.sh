@@ -13,7 +13,7 @@
 #   5. Score them again after JPEG, noise, blur and resizing, with the detectors trained on all generators.
 #
 # Environment: INPUTS (default: all), EVAL (images for PSNR), GPU (default: cpu), SEEN (training sets; default: "all" and
-# each generator), SEEDS (default: 123), FACES (the images of results/faces; detectors of the spectrum are tested on them,
+# each generator), SEEDS (default: 123), FACES (the images of results/faces; pixel and spectrum detectors are tested on them,
 # too).
 # Writes ./output/real_pictures. To refresh the tables, copy output/real_pictures/scores/*.csv to results/real_pictures/scores.
 source "$(dirname "$0")/../../script/common.sh"
@@ -103,7 +103,7 @@ for input in $inputs; do
                 faces_name+=_seed$seed
             fi
             detector "$name" "$epochs" "$seen" --seed "$seed" "${network[@]}" "${recipe[@]}"
-            if [[ "$input" == spectrum* && -n "${FACES:-}" && ! -f "$out/scores/$faces_name.csv" ]]; then
+            if [[ "$input" =~ ^(spectrum|pixel) && -n "${FACES:-}" && ! -f "$out/scores/$faces_name.csv" ]]; then
                 score "$name" --data-root-pos "$FACES/val/real" --data-root-neg "$FACES/val/stylegan2" \
                     --save_path "$out/scores/$faces_name"
             fi
