@@ -436,8 +436,8 @@ def test_a_black_evaluation_image_does_not_decide_which_epoch_is_best(training_f
     [
         ("--val-root-neg FAKE", ["--val-root-pos"]),
         ("--val-root-pos REAL", ["--val-root-neg"]),
-        ("--batch-size 1 --crop-size 32", ["batches of one image", "--crop-size"]),
-        ("--batch-size 3 --idx-stages 2", ["batches of one image", "--batch-size 3"]),
+        ("--batch-size 1 --crop-size 32", ["a batch has only one image", "--crop-size"]),
+        ("--batch-size 3 --idx-stages 2", ["a batch has only one image", "--batch-size 3"]),
         ("--mode-sr denoising", ["--fixed-sr"]),
         ("--mode-sr inpainting", ["--mode-sr", "colorization"]),
         ("--crops-per-image 2", ["--crop-size"]),
