@@ -12,7 +12,7 @@
 #   default for fewer than 600 pictures, because a ResNet would memorise so few pictures.
 # CLASSIFIER=resnet18 trains a ResNet-18 on the pixel residual or, if VGG_WEIGHTS is set, on the stage-4 residual of VGG-19,
 #   which is robust to compression. CLASSIFIER=resnet18 is the default for 600 pictures or more.
-# docs/results.md compares both. A second call resumes a call that was stopped.
+# docs/results.md compares both. A second call resumes a call that was stopped. Another CLASSIFIER needs another OUT.
 #
 # Environment variables and defaults: OUT=output/folders, GPU=cpu, SIDE=128 (stage 4: 256), CROPS=4 for each picture
 # (ResNet-18: 2, stage 4: 1), CLASSIFIER, AUTOENCODER="", VGG_WEIGHTS="".

@@ -28,7 +28,17 @@ PIXEL_DETECTOR = "./pretrained_models/pixel_pggan_celeba.pth.tar"
 RDN_FILE = "./pretrained_models/sr_vgg_epoch_last.pth"
 STAGE5_DETECTOR = "./pretrained_models/stylegan_celeba_stage5_noising/cls.pth.tar"
 STAGE5_RDN = "./pretrained_models/stylegan_celeba_stage5_noising/sr.pth.tar"
-VARIABLES = ("DATA_ROOT_POS", "DATA_ROOT_NEG", "SR_RESUME", "RESUME", "OUTPUT_PATH", "VGG_WEIGHTS", "NPROC", "EVAL")
+VARIABLES = (
+    "DATA_ROOT_POS",
+    "DATA_ROOT_NEG",
+    "SR_RESUME",
+    "RESUME",
+    "OUTPUT_PATH",
+    "VGG_WEIGHTS",
+    "NPROC",
+    "EVAL",
+    "CLASSIFIER",
+)
 
 # STUB is a shell script that replaces Python, and writes its command line to the file `recorded`.
 # In place of tools/example.py, STUB makes empty folders and files with the names that tools/example.py uses.
