@@ -333,7 +333,7 @@ class ImageDataset(ItemDataset):
         return self.augmentation is not None and self.policy.crop_size is not None and not self.augmentation.crops
 
     def is_mirrored(self, key: Key) -> bool:
-        """Return whether the image that `key` names is flipped from left to right, which augmentation decides."""
+        """Return whether augmentation flips the image that `key` names from left to right."""
         rng = self._create_random_generator(key.epoch, key.index)
         return rng is not None and rng.random() < 0.5
 

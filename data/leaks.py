@@ -26,8 +26,8 @@ logger = logging.getLogger(__name__)
 
 LEAK, WARNING = "leak", "warning"
 SEVERITIES = (LEAK, WARNING)
-# An attribute value, such as the format PNG, is a leak if the fraction of real images with this value and the fraction of
-# fake images with this value differ by at least LEAK_DIFFERENCE. It is a warning from WARNING_DIFFERENCE.
+# An attribute value, such as the format PNG, is a leak if its fractions among real and among fake images differ by at least
+# LEAK_DIFFERENCE, and a warning if they differ by at least WARNING_DIFFERENCE.
 LEAK_DIFFERENCE, WARNING_DIFFERENCE = 0.5, 0.2
 SAMPLE = 2000  # maximum number of images of one class and one split that `audit_images` reads if `quick` is True
 THREADS = 8

@@ -77,7 +77,7 @@ def load_score_tables(files: Sequence[str | os.PathLike], resamples: int = metri
 
 
 def choose_names_of_score_tables(files: Sequence[str | os.PathLike]) -> list[str]:
-    """Name each score table by as many last parts of its path as make all names different, such as "run1/scores".
+    """Name each score table by the fewest last parts of its path that make all names different, such as "run1/scores".
 
     Raises:
         UserError: if `files` contains the same path twice.

@@ -57,7 +57,7 @@ def save_checkpoint(content: dict, path: str | os.PathLike) -> None:
             else:
                 torch.save(content, file)
     except (OSError, RuntimeError) as error:
-        # After a failed write, torch.save may raise a RuntimeError. Then, __context__ is the OSError of the write.
+        # After a failed write, torch.save may raise a RuntimeError. Its __context__ is then the OSError of the write.
         write_error = error if isinstance(error, OSError) else error.__context__
         if not isinstance(write_error, OSError):
             raise

@@ -369,8 +369,8 @@ def _add_memory_and_time_options(parser: Parser) -> None:
     add = parser.add_argument_group("memory and time").add_argument
     add("--micro-batch", type=integer_from_1, metavar="N",
         help="pass N images at a time through the re-synthesizer and the feature network, to save memory. The"
-        " gradients are the same for every N, unless the re-synthesizer has batch norm. Without --fixed-sr, each training"
-        " step then runs both networks forward twice (default: the whole batch)")  # fmt: skip
+        " gradients are the same for every N, unless the re-synthesizer has batch norm. With N set and without --fixed-sr,"
+        " each training step runs both networks forward twice (default: the whole batch)")  # fmt: skip
     add("--crops-per-image", dest="crops", type=integer_from_0, default=0, metavar="N",
         help="with --crop-size: train on N fixed crops of each image; 0 = train on one new random crop of each image per"
         " epoch (default: %(default)s)")  # fmt: skip
